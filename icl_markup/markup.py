@@ -1,0 +1,291 @@
+"""The composer: an episode and a template become a prompt, assembled from token ids piece by piece.
+
+Every piece is encoded by itself by a `TextEncoder` that knows no special tokens, so no text of a user can
+become a tag, a mask or a slot, whatever it contains.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Literal
+
+from icl_markup.answers import OptionSymbols
+from icl_markup.episodes import Episode, Query
+from icl_markup.errors import PromptError
+from icl_markup.layout import Layout
+from icl_markup.prompt import Piece, Prompt, Slot
+from icl_markup.tags import TagTable
+from icl_markup.template import Node, Template
+from icl_markup.text import TextEncoder
+
+Answers = Literal["symbols", "names"]
+SHORTEST_DEMO = 8
+"""Demonstrations are shortened to no fewer tokens than this before any of them is dropped."""
+
+
+class Markup:
+    """Composes prompts of one template for one backbone.
+
+    Args:
+        template: the template.
+        encoder: the backbone's tokenizer as a `TextEncoder`.
+        layout: what the kind of backbone puts around a prompt, and where its slots are.
+        table: the tags' soft tokens; None for a template in plain words.
+        answers: ``symbols``: the slot is answered with an option's letter; ``names``: with its whole name.
+        max_length: the longest prompt in tokens.
+
+    Raises:
+        PromptError: the template needs a tag that `table` lacks, or symbols that it does not show.
+    """
+
+    def __init__(
+        self,
+        template: Template,
+        encoder: TextEncoder,
+        layout: Layout,
+        table: TagTable | None = None,
+        *,
+        answers: Answers = "symbols",
+        max_length: int = 512,
+    ):
+        if template.tags and table is None:
+            raise PromptError(f"template {template.name!r} uses tags, but no tag table was given")
+        if answers == "symbols" and not template.shows_symbols:
+            raise PromptError(
+                f"template {template.name!r} shows no {{symbol}} beside an option; add it, or use answers: names"
+            )
+        self.template = template
+        self.encoder = encoder
+        self.layout = layout
+        self.answers: Answers = answers
+        self.max_length = max_length
+        self._tag_ids = {tag.name: tuple(table.ids(tag.name)) for tag in template.tags} if table else {}
+        self._symbols = OptionSymbols.find(encoder) if template.shows_symbols else None
+        self._encode = lru_cache(maxsize=65536)(lambda text: tuple(encoder.encode(text)))
+
+    def compose(self, episode: Episode) -> Prompt:
+        """Compose one prompt that holds every query of `episode`.
+
+        A prompt that is too long has its demonstrations shortened, longest first, to no fewer than
+        `SHORTEST_DEMO` tokens each; if that is not enough, demonstrations are dropped, the last of the label
+        that has most. Tags, options, queries and slots stay; the prompt counts what was shortened and dropped.
+
+        Raises:
+            PromptError: a text is empty, the kind takes one query a prompt, there are more options than
+                symbols, or the prompt does not fit even without demonstrations.
+        """
+        self._check(episode)
+        texts = [self._text_ids(demo.text) for demo in episode.demos]
+        caps: list[int | None] = [None] * len(texts)
+        prompt = self._assemble(episode, caps)
+        # A whole name takes the slot's place (masked) or follows it (causal); room for the longest is kept free.
+        reserve = max(len(self.name_ids(o.name)) for o in episode.options) if self.answers == "names" else 0
+        limit = self.max_length - reserve
+        if len(prompt.ids) <= limit:
+            return prompt
+        fixed = len(prompt.ids) - sum(map(len, texts))
+        overhead = self._demo_overhead(episode)
+        kept = list(range(len(texts)))
+        while True:
+            room = limit - fixed + sum(overhead[i] for i in range(len(texts)) if i not in kept)
+            cap = _common_cap([len(texts[i]) for i in kept], room)
+            if cap is not None and (cap >= SHORTEST_DEMO or not kept):
+                break
+            if not kept:
+                raise PromptError(
+                    f"the prompt needs {len(prompt.ids) - sum(overhead) - sum(map(len, texts))} tokens without any "
+                    f"demonstration, but the limit is {limit}; offer fewer options or shorten the text"
+                )
+            kept.remove(_next_to_drop(episode, kept))
+        shorter = replace(episode, demos=tuple(episode.demos[i] for i in kept))
+        caps = [cap if len(texts[i]) > cap else None for i in kept]
+        return replace(
+            self._assemble(shorter, caps),
+            shortened=sum(c is not None for c in caps),
+            dropped=len(texts) - len(kept),
+        )
+
+    def compose_each(self, episode: Episode) -> list[Prompt]:
+        """Compose the queries of `episode`: in one prompt where the kind allows several, else in one each."""
+        if self.layout.many_queries or len(episode.queries) == 1:
+            return [self.compose(episode)]
+        return [self.compose(replace(episode, queries=(query,))) for query in episode.queries]
+
+    def option_symbols(self, count: int) -> tuple[int, ...]:
+        """Return the token ids of the first `count` option symbols."""
+        if self._symbols is None:
+            raise PromptError(f"template {self.template.name!r} shows no option symbols")
+        return self._symbols.take(count)
+
+    def name_ids(self, name: str) -> tuple[int, ...]:
+        """Return the ids of an option's whole name, as it stands at a slot."""
+        return self._encode(f" {name.strip()}")
+
+    def _check(self, episode: Episode) -> None:
+        if len(episode.options) < 2:
+            raise PromptError(f"{len(episode.options)} option(s); a prompt needs two or more")
+        if not episode.queries:
+            raise PromptError("an episode without a query has nothing to ask")
+        if len(episode.queries) > 1 and not self.layout.many_queries:
+            raise PromptError(f"a {self.layout.kind} backbone takes one query a prompt; use compose_each")
+        for place, text in [
+            *((f"query {i}", q.text) for i, q in enumerate(episode.queries)),
+            *((f"demonstration {i}", d.text) for i, d in enumerate(episode.demos)),
+            *((f"option {i}", o.name) for i, o in enumerate(episode.options)),
+        ]:
+            if not text.strip():
+                raise PromptError(f"{place} has an empty text")
+        for i, demo in enumerate(episode.demos):
+            if not 0 <= demo.answer < len(episode.options):
+                raise PromptError(f"demonstration {i} answers option {demo.answer} of {len(episode.options)}")
+
+    def _text_ids(self, text: str) -> tuple[int, ...]:
+        return self._encode(f" {text.strip()}")
+
+    def _demo_overhead(self, episode: Episode) -> list[int]:
+        """Return how many tokens each demonstration takes besides its text."""
+        bare = len(self._assemble(replace(episode, demos=()), []).ids)
+        overhead = []
+        for demo in episode.demos:
+            alone = len(self._assemble(replace(episode, demos=(demo,)), [None]).ids)
+            overhead.append(alone - bare - len(self._text_ids(demo.text)))
+        return overhead
+
+    def _assemble(self, episode: Episode, caps: Sequence[int | None]) -> Prompt:
+        out = _Assembly(self, episode)
+        template = self.template
+        out.section(template.head, {"task": episode.task_description})
+        for i, option in enumerate(episode.options):
+            out.section(
+                template.option, {"name": option.name, "description": option.description or option.name}, option=i
+            )
+        for demo, cap in zip(episode.demos, caps, strict=True):
+            out.section(template.demo, {"text": demo.text}, option=demo.answer, cap=cap)
+        for query in episode.queries:
+            out.section(template.query, {"text": query.text}, query=query)
+        if not self.layout.stops_at_slot:
+            out.section(template.tail, {"task": episode.task_description})
+        return out.finish()
+
+
+def _common_cap(lengths: list[int], room: int) -> int | None:
+    """Return the largest cap such that the lengths, each cut to it, fit into `room`; None where none does."""
+    if room < 0 or (lengths and room < len(lengths)):
+        return None
+    remaining, left = room, len(lengths)
+    for length in sorted(lengths):
+        if length * left > remaining:
+            return remaining // left
+        remaining, left = remaining - length, left - 1
+    return max(lengths, default=0)
+
+
+def _next_to_drop(episode: Episode, kept: list[int]) -> int:
+    counts = Counter(episode.demos[i].answer for i in kept)
+    most = max(counts.values())
+    return next(i for i in reversed(kept) if counts[episode.demos[i].answer] == most)
+
+
+class _Assembly:
+    """A prompt in the making."""
+
+    def __init__(self, markup: Markup, episode: Episode):
+        self.markup = markup
+        self.episode = episode
+        self.pieces: list[Piece] = []
+        self.slots: list[Slot] = []
+        self.length = 0
+        self.space = False
+        self.stopped = False
+        self._add("special", markup.layout.prefix)
+
+    def _add(self, kind: str, ids: Sequence[int]) -> None:
+        if ids:
+            self.pieces.append(Piece(kind, tuple(ids)))
+            self.length += len(ids)
+
+    def section(
+        self,
+        nodes: Sequence[Node],
+        values: dict[str, str],
+        *,
+        option: int | None = None,
+        cap: int | None = None,
+        query: Query | None = None,
+    ) -> None:
+        """Write one section. `option` is the option it shows or answers; `query` makes its label a slot."""
+        for node in nodes:
+            if self.stopped:
+                return
+            if node.kind == "tag":
+                self.space = False
+                self._add("tag", self.markup._tag_ids[node.value])
+            elif node.kind == "text":
+                self._literal(node.value)
+            elif node.value == "label":
+                self._slot(query) if query else self._answer(option)
+            elif node.value == "symbol" and option is not None:
+                self._symbol(self.markup.option_symbols(option + 1)[option])
+            else:
+                self._value(values[node.value], cap if node.value == "text" else None)
+
+    def _literal(self, text: str) -> None:
+        if self.space:
+            text = " " + text.removeprefix(" ")
+        self.space = text.endswith(" ")
+        self._add("text", self.markup._encode(text[:-1] if self.space else text))
+
+    def _value(self, value: str, cap: int | None) -> None:
+        value = value.strip()
+        if not value:
+            return
+        ids = self.markup._encode(f" {value}" if self.space else value)
+        self.space = False
+        self._add("value", ids[:cap])
+
+    def _symbol(self, symbol: int, kind: str = "symbol") -> None:
+        symbols = self.markup._symbols
+        if symbols is not None and not symbols.spaced and self.space and self.markup.encoder.marks_spaces:
+            self._add("text", self.markup._encode(" "))
+        self.space = False
+        self._add(kind, (symbol,))
+
+    def _answer(self, option: int | None) -> None:
+        """Write a demonstration's label; in a causal model its first token is predicted one position before."""
+        if option is None:
+            raise PromptError("a demonstration has no answer")
+        if self.markup.answers == "names":
+            self._value(self.episode.options[option].name, None)
+            return
+        candidates = self.markup.option_symbols(len(self.episode.options))
+        self._symbol(candidates[option])
+        if self.markup.layout.kind == "causal":
+            self.slots.append(Slot(self.length - 2, candidates, option, is_query=False))
+
+    def _slot(self, query: Query) -> None:
+        layout = self.markup.layout
+        names = self.markup.answers == "names"
+        candidates = () if names else self.markup.option_symbols(len(self.episode.options))
+        symbols = self.markup._symbols
+        if not names and symbols is not None and not symbols.spaced and self.markup.encoder.marks_spaces and self.space:
+            self._add("text", self.markup._encode(" "))
+        self.space = False
+        if layout.stops_at_slot:
+            self.stopped = True
+        else:
+            self._add("slot", (layout.mask_id,))
+        self.slots.append(Slot(self.length - 1, candidates, query.answer, is_query=True))
+
+    def finish(self) -> Prompt:
+        layout = self.markup.layout
+        self._add("special", layout.suffix)
+        slots = self.slots
+        if layout.stops_at_slot:
+            # What follows the last query (a generation prompt, T5's </s>) stands before the answer: the slot
+            # is the last position, or the first of the decoder.
+            position = 0 if layout.kind == "seq2seq" else self.length - 1
+            slots = [*slots[:-1], replace(slots[-1], position=position)]
+        return Prompt(tuple(self.pieces), tuple(slots))

@@ -1,0 +1,217 @@
+"""Reads tasks from JSONL, CSV/TSV, task folders, and `datasets` data sets on disk or on the hub.
+
+A task folder holds one ``SPLIT.jsonl`` a split and, optionally, ``meta.json`` with ``name``, ``oos_label``,
+``label_descriptions`` and ``description``.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from icl_markup.errors import TaskError, nearest
+from icl_markup.tasks import Example, Task, TaskChecks, checked_task
+
+_SPLIT_ORDER = ("train", "validation", "dev", "test")
+
+
+@dataclass(frozen=True)
+class TaskSource:
+    """Where a task comes from and how to read it."""
+
+    path: str
+    """A JSONL, CSV or TSV file, a task folder, a data set saved by `datasets`, or a hub data set's name."""
+
+    name: str | None = None
+    """The task's name; by default that of the file or folder."""
+
+    text_column: str = "text"
+    """The column (or key) that holds the text."""
+
+    label_column: str = "label"
+    """The column (or key) that holds the label."""
+
+    split: str = "train"
+    """The split that a single file is read as."""
+
+    config_name: str | None = None
+    """A hub data set's configuration, where it has several."""
+
+    revision: str | None = None
+    """A hub data set's revision (commit, tag or branch)."""
+
+    label_names: dict[str, str] = field(default_factory=dict)
+    """Readable names for raw labels; a raw label that is not listed has its underscores replaced by spaces."""
+
+    labels: list[str] | None = None
+    """Restrict the task to these label names."""
+
+    without_labels: list[str] = field(default_factory=list)
+    """Leave these label names out."""
+
+    oos_label: str | None = None
+    """The label that means out-of-scope, as a readable name."""
+
+    description: str = ""
+    """One sentence about the task, for templates that use the field {task}."""
+
+    checks: TaskChecks = field(default_factory=TaskChecks)
+    """What to do about defects."""
+
+
+def read_task(source: TaskSource | str | Path) -> Task:
+    """Read one task.
+
+    Args:
+        source: a path or hub name, or a `TaskSource` for anything that is not called ``text`` and ``label``.
+
+    Raises:
+        TaskError: the file is missing or malformed, a column is missing, or a check fails; with file and line.
+    """
+    if not isinstance(source, TaskSource):
+        source = TaskSource(str(source))
+    path = Path(source.path).expanduser()
+    meta: Mapping[str, Any] = {}
+    if path.is_file():
+        splits = {source.split: _read_rows(path, source)}
+    elif path.is_dir() and any(path.glob("*.jsonl")):
+        meta = _read_meta(path / "meta.json")
+        files = sorted(path.glob("*.jsonl"), key=lambda p: _split_rank(p.stem))
+        splits = {file.stem: _read_rows(file, source) for file in files}
+    elif path.is_dir():
+        splits = _from_dataset(source, on_disk=True)
+    elif path.suffix in {".jsonl", ".csv", ".tsv", ".json"} or path.is_absolute() or source.path.startswith("."):
+        raise TaskError(f"{source.path}: no such file or folder")
+    else:
+        splits = _from_dataset(source, on_disk=False)
+    described = {str(k): str(v) for k, v in dict(meta.get("label_descriptions") or {}).items()}
+    task = checked_task(
+        source.name or str(meta.get("name") or path.stem),
+        splits,
+        descriptions=described,
+        description=source.description or str(meta.get("description") or ""),
+        oos_label=source.oos_label or meta.get("oos_label"),
+        checks=source.checks,
+    )
+    wanted = _wanted_labels(task, source)
+    return task if wanted is None else task.only_labels(wanted)
+
+
+def _wanted_labels(task: Task, source: TaskSource) -> list[str] | None:
+    if source.labels is None and not source.without_labels:
+        return None
+    for label in [*(source.labels or []), *source.without_labels]:
+        if label not in task.labels:
+            raise TaskError(f"{source.path}: the task has no label {label!r}{nearest(label, task.labels)}")
+    return [label for label in source.labels or task.labels if label not in source.without_labels]
+
+
+def _split_rank(name: str) -> tuple[int, str]:
+    return (_SPLIT_ORDER.index(name) if name in _SPLIT_ORDER else len(_SPLIT_ORDER), name)
+
+
+def _read_meta(path: Path) -> Mapping[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise TaskError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(meta, dict):
+        raise TaskError(f"{path}: expected a JSON object, found {type(meta).__name__}")
+    return meta
+
+
+def _read_rows(path: Path, source: TaskSource) -> list[Example]:
+    readers: dict[str, Callable[[Path], Iterator[tuple[int, Mapping[str, Any]]]]] = {
+        ".jsonl": _jsonl_rows,
+        ".csv": lambda p: _csv_rows(p, ","),
+        ".tsv": lambda p: _csv_rows(p, "\t"),
+    }
+    if path.suffix not in readers:
+        raise TaskError(f"{path}: unknown kind of file {path.suffix!r}; use .jsonl, .csv or .tsv")
+    try:
+        return [_example(row, f"{path}:{line}", source) for line, row in readers[path.suffix](path)]
+    except UnicodeDecodeError as error:
+        raise TaskError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from error
+
+
+def _jsonl_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise TaskError(f"{path}:{number}: not valid JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise TaskError(f"{path}:{number}: expected a JSON object a line, found {type(row).__name__}")
+            yield number, row
+
+
+def _csv_rows(path: Path, delimiter: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
+        while True:
+            line = reader.line_num + 1
+            try:
+                row = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                raise TaskError(f"{path}:{line}: malformed CSV: {error}") from error
+            if None in row:
+                raise TaskError(f"{path}:{reader.line_num}: more fields than the header has columns; quote the text")
+            yield reader.line_num, row
+
+
+def _example(row: Mapping[str, Any], place: str, source: TaskSource) -> Example:
+    for column in (source.text_column, source.label_column):
+        if row.get(column) is None:
+            found = ", ".join(map(repr, row)) or "nothing"
+            raise TaskError(f"{place}: no column {column!r}, only {found}; set text_column and label_column")
+    text = row[source.text_column]
+    if not isinstance(text, str):
+        raise TaskError(f"{place}: the text is {type(text).__name__}, not a string")
+    if not text.strip():
+        raise TaskError(f"{place}: the text is empty; remove the row or fill it in")
+    return Example(text, _readable(row[source.label_column], source), place)
+
+
+def _readable(raw: Any, source: TaskSource) -> str:
+    raw = str(raw)
+    return source.label_names.get(raw) or raw.replace("_", " ").strip()
+
+
+def _from_dataset(source: TaskSource, *, on_disk: bool) -> dict[str, list[Example]]:
+    # Imported where it is used: `datasets` costs about a second at import.
+    import datasets
+
+    try:
+        if on_disk:
+            loaded = datasets.load_from_disk(source.path)
+        else:
+            loaded = datasets.load_dataset(source.path, source.config_name, revision=source.revision)
+    except (FileNotFoundError, ValueError, ConnectionError) as error:
+        raise TaskError(
+            f"{source.path}: neither a file, a task folder, a saved data set nor a reachable hub data set ({error})"
+        ) from error
+    parts = loaded if isinstance(loaded, dict) else {source.split: loaded}
+    splits: dict[str, list[Example]] = {}
+    for split in sorted(parts, key=_split_rank):
+        feature = parts[split].features.get(source.label_column)
+        names = getattr(feature, "names", None)
+        rows = []
+        for index, row in enumerate(parts[split]):
+            if names is not None and row.get(source.label_column) is not None:
+                row = {**row, source.label_column: names[row[source.label_column]]}
+            rows.append(_example(row, f"{source.path}[{split}]:{index}", source))
+        splits[split] = rows
+    return splits
