@@ -7,6 +7,7 @@ hidden states at the slots, so that no vocabulary-sized logits arise.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -15,7 +16,6 @@ from typing import Any, Literal
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from icl_markup.batching import Batch
@@ -139,9 +139,7 @@ class Backbone:
                 **hub,
             )
         except (OSError, ValueError, ImportError) as error:
-            raise BackboneError(
-                f"backbone {config.name!r} as a {kind} model: {str(error).splitlines()[0]}"
-            ) from error
+            raise BackboneError(f"backbone {config.name!r} as a {kind} model: {str(error).splitlines()[0]}") from error
         model, report = loaded
         if report["missing_keys"]:
             missing = sorted(report["missing_keys"])
@@ -186,6 +184,16 @@ class Backbone:
         rows = min(self.first_tag_id, len(self.tokenizer))
         ids = [i for i in range(rows) if i not in self.encoder.reserved_ids]
         return torch.tensor(ids, device=self.device)
+
+    @torch.no_grad()
+    def checksum(self) -> str:
+        """Return a checksum of every parameter and buffer, which any changed bit changes."""
+        digest = hashlib.sha256()
+        for name, value in [*self.model.named_parameters(), *self.model.named_buffers()]:
+            raw = value.detach().contiguous().flatten().view(torch.uint8).cpu().numpy()
+            digest.update(name.encode())
+            digest.update(raw)
+        return digest.hexdigest()
 
     def candidate_logits(self, batch: Batch, table: TagTable | None = None) -> Tensor:
         """Return the logits of each slot's candidates.

@@ -168,4 +168,8 @@ def _type_name(kind: Any) -> str:
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         return " or ".join("null" if a is type(None) else _type_name(a) for a in typing.get_args(kind))
     origin = typing.get_origin(kind)
-    return f"{origin.__name__}[{', '.join(_type_name(a) for a in typing.get_args(kind) if a is not ...)}]" if origin else str(kind)
+    return (
+        f"{origin.__name__}[{', '.join(_type_name(a) for a in typing.get_args(kind) if a is not ...)}]"
+        if origin
+        else str(kind)
+    )

@@ -127,8 +127,9 @@ class MarkupModel:
         """Return differentiable scores of every supervised slot; see `SlotScores`."""
         if self.answers == "names":
             scores = name_scores(self.backbone, self.markup, prompts, episodes, self.table, self.length_normalised)
-            targets = [q.answer if q.answer is not None else -1 for e in episodes for q in e.queries]
-            return SlotScores(scores, torch.tensor(targets, device=scores.device), torch.ones(len(targets), dtype=bool))  # type: ignore[arg-type]
+            answers = [slot.answer for prompt in prompts for slot in prompt.slots]
+            targets = torch.tensor([-1 if answer is None else answer for answer in answers], device=scores.device)
+            return SlotScores(scores, targets, torch.ones_like(targets, dtype=torch.bool))
         batch = Batch.of_prompts(prompts, self.pad_id, all_slots=all_slots)
         scores = self.backbone.candidate_logits(batch, self.table)
         return SlotScores(scores, batch.targets.to(scores.device), batch.is_query)

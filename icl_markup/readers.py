@@ -209,9 +209,10 @@ def _from_dataset(source: TaskSource, *, on_disk: bool) -> dict[str, list[Exampl
         feature = parts[split].features.get(source.label_column)
         names = getattr(feature, "names", None)
         rows = []
-        for index, row in enumerate(parts[split]):
-            if names is not None and row.get(source.label_column) is not None:
-                row = {**row, source.label_column: names[row[source.label_column]]}
+        for index, raw in enumerate(parts[split]):
+            row = raw
+            if names is not None and raw.get(source.label_column) is not None:
+                row = {**raw, source.label_column: names[raw[source.label_column]]}
             rows.append(_example(row, f"{source.path}[{split}]:{index}", source))
         splits[split] = rows
     return splits

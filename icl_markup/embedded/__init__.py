@@ -16,3 +16,8 @@ def resolve(name: str) -> str:
 def sample_folders(side: str) -> list[Path]:
     """Return the folders of the sample tasks of one side, ``warmup`` or ``unseen``, sorted by name."""
     return sorted(path.parent for path in (_FOLDER / "tasks" / side).glob("*/meta.json"))
+
+
+def quickstart_config() -> Path:
+    """Return the quickstart's configuration file."""
+    return _FOLDER / "configs" / "quickstart.yaml"

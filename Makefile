@@ -1,0 +1,47 @@
+# Set-up and checks. `make quickstart` and `make test` are all that a fresh machine needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --constraint constraints.txt
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: help install quickstart test lint types unit clean
+
+help:
+	@echo "make quickstart   install, warm tags up on the embedded tasks, and compare them with plain words"
+	@echo "make test         install, lint, check types and run the tests"
+	@echo "make clean        remove the virtual environment and caches"
+
+$(VENV)/pyvenv.cfg:
+	$(PYTHON) -m venv $(VENV)
+
+.installed-run: $(VENV)/pyvenv.cfg pyproject.toml constraints.txt
+	@echo "Installing into $(VENV); this takes a few minutes the first time."
+	$(PIP) torch
+	$(PIP) --editable .
+	@touch $@
+
+.installed-dev: .installed-run
+	$(PIP) --editable ".[dev]"
+	@touch $@
+
+install: .installed-run
+
+quickstart: .installed-run
+	@$(BIN)/icl-markup quickstart
+
+test: .installed-dev lint types unit
+
+lint: .installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .installed-dev
+	$(BIN)/mypy
+
+unit: .installed-dev
+	$(BIN)/python -m pytest -n 2
+
+clean:
+	rm -rf $(VENV) .installed-run .installed-dev .mypy_cache .ruff_cache .pytest_cache build *.egg-info

@@ -1,0 +1,160 @@
+"""The command line: ``icl-markup COMMAND``."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from icl_markup.config import describe, load_config
+from icl_markup.errors import MarkupError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return 0, or 2 after an error, which is printed in one line."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    args, overrides = _split(arguments)
+    command: Callable[[argparse.Namespace, list[str]], None] = args.run
+    try:
+        command(args, overrides)
+    except MarkupError as error:
+        print(f"icl-markup: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        return 0
+    return 0
+
+
+def _split(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Parse what the command declares; what a configuration command does not declare are overrides."""
+    parser = _parser()
+    if arguments and arguments[0] in ("warmup", "evaluate"):
+        return parser.parse_known_args(arguments)
+    return parser.parse_args(arguments), []
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="icl-markup", description="Soft-token tags for in-context classification.")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    warmup = commands.add_parser("warmup", help="warm tags up on many tasks", add_help=False)
+    warmup.add_argument("config", nargs="?", help="a YAML file, such as configs/warmup.yaml")
+    warmup.add_argument("-h", "--help", action="store_true")
+    warmup.set_defaults(run=_warmup)
+
+    evaluate = commands.add_parser("evaluate", help="measure methods on the same episodes", add_help=False)
+    evaluate.add_argument("config", nargs="?", help="a YAML file, such as configs/experiments/unseen.yaml")
+    evaluate.add_argument("-h", "--help", action="store_true")
+    evaluate.set_defaults(run=_evaluate)
+
+    predict = commands.add_parser("predict", help="classify texts", description="Classify texts; writes JSONL.")
+    _add_model(predict)
+    _add_episode(predict)
+    predict.add_argument("--file", help="a file with a text a line; - or nothing: standard input")
+    predict.add_argument("--batch-tokens", type=int, default=8192, help="most tokens of one forward pass")
+    predict.add_argument("texts", nargs="*", help="the texts; write -- before the first")
+    predict.set_defaults(run=_predict)
+
+    show = commands.add_parser("show", help="show a prompt as pieces and ids")
+    _add_model(show)
+    _add_episode(show)
+    show.add_argument("--chat", action="store_true", help="put the tokenizer's chat template around it")
+    show.add_argument("texts", nargs=1, metavar="text", help="the text to classify")
+    show.set_defaults(run=_show)
+
+    tags = commands.add_parser("tags", help="inspect a tag folder")
+    tags.add_argument("folder", help="the tag folder")
+    tags.add_argument("--nearest", type=int, default=5, help="how many nearest vocabulary tokens to show")
+    tags.set_defaults(run=_tags)
+
+    quickstart = commands.add_parser("quickstart", help="warm up and measure on the embedded default")
+    quickstart.add_argument("--output", default="runs/quickstart", help="the folder for the run")
+    quickstart.add_argument("--episodes", type=int, default=150, help="episodes an unseen task")
+    quickstart.add_argument("--steps", type=int, help="warm-up steps, instead of the default's")
+    quickstart.add_argument("--rows", help="a JSONL file to append the rows of the table to")
+    quickstart.set_defaults(run=_quickstart)
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tags", help="a tag folder; brings its backbone and template along")
+    parser.add_argument("--backbone", help="a transformers folder or hub name (default: the tags', or embedded)")
+    parser.add_argument("--template", help="a template's name or path, where no tags are given (default: markup)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, mps …")
+
+
+def _add_episode(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--labels", nargs="+", metavar="LABEL", help="label names")
+    parser.add_argument("--task", help="a task file or folder: its label names and its demonstrations are used")
+    parser.add_argument("--shots", type=int, default=1, help="demonstrations a label taken from --task")
+    parser.add_argument("--demo", nargs=2, action="append", default=[], metavar=("TEXT", "LABEL"),
+                        help="a demonstration; may be given several times")  # fmt: skip
+    parser.add_argument("--none-of-the-above", action="store_true", help="offer that as the last option")
+
+
+def _warmup(args: argparse.Namespace, overrides: list[str]) -> None:
+    from icl_markup.warmup import WarmupConfig, run_warmup
+
+    if _helped(args, WarmupConfig, "warmup"):
+        return
+    result = run_warmup(load_config(WarmupConfig, args.config, overrides))
+    print(f"tags: {result.folder}")
+    for key, value in result.summary.items():
+        print(f"{key}: {value}")
+
+
+def _evaluate(args: argparse.Namespace, overrides: list[str]) -> None:
+    from icl_markup.experiment import ExperimentConfig, run_experiment
+    from icl_markup.report import print_rows
+
+    if _helped(args, ExperimentConfig, "evaluate"):
+        return
+    config = load_config(ExperimentConfig, args.config, overrides)
+    command = shlex.join(["icl-markup", "evaluate", args.config, *overrides])
+    print_rows(run_experiment(config, command), config.experiment)
+    print(f"rows: {config.output}")
+
+
+def _helped(args: argparse.Namespace, cls: type, name: str) -> bool:
+    if args.config is None or args.help:
+        print(f"usage: icl-markup {name} CONFIG.yaml [--key value ...]\n\nkeys:\n{describe(cls)}")
+        return True
+    return False
+
+
+def _predict(args: argparse.Namespace, _overrides: list[str]) -> None:
+    from icl_markup.predict import open_texts, predict_lines
+    from icl_markup.serving import load_for, task_episode
+
+    with open_texts(args.texts, args.file) as texts:
+        model = load_for(args)
+        for line in predict_lines(model, task_episode(args), texts, args.batch_tokens):
+            print(line, flush=True)
+
+
+def _show(args: argparse.Namespace, _overrides: list[str]) -> None:
+    from icl_markup.inspection import print_prompt
+    from icl_markup.serving import load_for, task_episode
+
+    print_prompt(load_for(args), task_episode(args), args.texts[0], chat=args.chat)
+
+
+def _tags(args: argparse.Namespace, _overrides: list[str]) -> None:
+    from icl_markup.inspection import print_tags
+
+    print_tags(Path(args.folder), args.nearest)
+
+
+def _quickstart(args: argparse.Namespace, _overrides: list[str]) -> None:
+    from icl_markup.quickstart import run_quickstart
+
+    overrides = () if args.steps is None else ("--optimiser.steps", str(args.steps))
+    run_quickstart(
+        Path(args.output), episodes=args.episodes, overrides=overrides, rows=Path(args.rows) if args.rows else None
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,175 @@
+"""The quickstart: tags warmed up on the embedded sample tasks, measured on sample tasks that they never saw."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+from tqdm.auto import tqdm
+
+from icl_markup.config import load_config
+from icl_markup.embedded import quickstart_config, sample_folders
+from icl_markup.evaluation import Estimate, chance, draw_episodes, estimate
+from icl_markup.experiment import correctness
+from icl_markup.model import MarkupModel
+from icl_markup.readers import TaskSource, read_task
+from icl_markup.results import result_row, write_rows
+from icl_markup.tasks import Task
+from icl_markup.template import shipped_templates
+from icl_markup.warmup import WarmupConfig, WarmupResult, run_warmup
+
+N_WAY, K_SHOT = 5, 1
+
+
+def run_quickstart(
+    folder: Path, *, episodes: int = 150, overrides: tuple[str, ...] = (), rows: Path | None = None
+) -> None:
+    """Warm tags up, compare them with plain words, and say how to use them.
+
+    Args:
+        folder: where the run goes; an earlier quickstart there is replaced.
+        episodes: episodes an unseen task.
+        overrides: changes to the warm-up's configuration, as on the command line.
+        rows: a JSONL file to append the table's rows to.
+
+    Raises:
+        MarkupError: the backbone is missing, or `folder` cannot be written.
+    """
+    console = Console(width=None if Console().is_terminal else 110)
+    began = time.monotonic()
+    config = _config(folder, overrides)
+    console.print(
+        f"Warming up the tags of template [bold]{config.template}[/] on {len(config.tasks)} sample tasks; the "
+        "language model stays frozen."
+    )
+    _clear(folder)
+    result = run_warmup(config)
+    methods = _methods(result.model)
+    tasks = [read_task(path) for path in sample_folders("unseen")]
+    console.print(
+        f"\nMeasuring on {len(tasks)} unseen tasks, {episodes} episodes each: {N_WAY} options, {K_SHOT} demonstration "
+        "a label."
+    )
+    measured = [_measure(task, methods, episodes) for task in tqdm(tasks, desc="unseen tasks", unit="task")]
+    console.print(_table(measured, len(methods["plain"])))
+    if rows is not None:
+        write_rows(rows, [row for m in measured for row in _rows(m, methods, config, episodes)])
+    _say_how_to_go_on(console, result, time.monotonic() - began)
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """One task's answers: which were right, by method, of shape (variants, episodes)."""
+
+    task: str
+    guess: float
+    correct: dict[str, NDArray[np.bool_]]
+
+
+def _config(folder: Path, overrides: tuple[str, ...]) -> WarmupConfig:
+    config = load_config(WarmupConfig, quickstart_config(), ["--output", str(folder), *overrides])
+    validating = {source.path for source in config.validation_tasks}
+    sources = {path.name: TaskSource(str(path)) for path in sample_folders("warmup")}
+    return replace(
+        config,
+        tasks=[source for name, source in sources.items() if name not in validating],
+        validation_tasks=[source for name, source in sources.items() if name in validating],
+    )
+
+
+def _methods(model: MarkupModel) -> dict[str, list[MarkupModel]]:
+    return {
+        "plain": [MarkupModel(model.backbone, name) for name in shipped_templates("plain_heldout")],
+        "tags_untrained": [MarkupModel(model.backbone, model.template)],
+        "tags": [model],
+    }
+
+
+def _measure(task: Task, methods: dict[str, list[MarkupModel]], episodes: int) -> _Measured:
+    drawn = draw_episodes(task, n_way=N_WAY, k_shot=K_SHOT, episodes=episodes, seed=0)
+    correct = {name: np.stack([correctness(m, drawn) for m in models]) for name, models in methods.items()}
+    return _Measured(task.name, chance(drawn).mean, correct)
+
+
+def _table(measured: list[_Measured], wordings: int) -> Table:
+    table = Table(title="Accuracy on unseen tasks, % (95 % interval)")
+    table.add_column("task")
+    for heading in ("chance", f"plain words, mean of {wordings}", "from – to", "untrained tags", "warmed-up tags"):
+        table.add_column(heading, justify="right")
+    for one in measured:
+        table.add_row(*_cells(one))
+    table.add_section()
+    joined = {name: np.concatenate([m.correct[name] for m in measured], axis=1) for name in measured[0].correct}
+    table.add_row(*_cells(_Measured("all", float(np.mean([m.guess for m in measured])), joined)), style="bold")
+    return table
+
+
+def _cells(one: _Measured) -> list[str]:
+    wordings = one.correct["plain"].mean(axis=1)
+    return [
+        one.task,
+        f"{100 * one.guess:.1f}",
+        _percent(one.correct["plain"]),
+        f"{100 * wordings.min():.1f} – {100 * wordings.max():.1f}",
+        _percent(one.correct["tags_untrained"]),
+        _percent(one.correct["tags"]),
+    ]
+
+
+def _percent(correct: NDArray[np.bool_]) -> str:
+    value = estimate(correct)
+    return f"{100 * value.mean:.1f} ({100 * value.low:.1f}–{100 * value.high:.1f})"
+
+
+def _rows(
+    one: _Measured, methods: dict[str, list[MarkupModel]], config: WarmupConfig, episodes: int
+) -> Iterator[dict[str, Any]]:
+    estimates = {"chance": Estimate(one.guess, one.guess, one.guess)}
+    estimates |= {name: estimate(correct) for name, correct in one.correct.items()}
+    for name, value in estimates.items():
+        table = methods[name][0].table if name in methods else None
+        yield result_row(
+            experiment="quickstart",
+            task=one.task,
+            backbone=config.backbone.name,
+            method=name,
+            estimate=value,
+            template={"chance": "none", "plain": "mean"}.get(name, config.template),
+            n_way=N_WAY,
+            k_shot=K_SHOT,
+            seed=config.seed,
+            episodes=episodes,
+            trainable_parameters=0 if table is None else table.rows.numel(),
+            command=f"icl-markup quickstart --episodes {episodes}",
+        )
+
+
+def _say_how_to_go_on(console: Console, result: WarmupResult, seconds: float) -> None:
+    table = result.model.table
+    assert table is not None
+    size = (result.folder / "tags.safetensors").stat().st_size
+    console.print(
+        f"\nThe tags are in [bold]{result.folder}[/]: tags.safetensors has {size:,} bytes, {table.rows.numel():,} "
+        f"parameters.\nAll of it took {seconds:.0f} seconds. Now classify a sentence of your own:\n"
+    )
+    program = Path(sys.argv[0])
+    shown = os.path.relpath(program) if program.name == "icl-markup" and program.is_file() else "icl-markup"
+    print(
+        f'{shown} predict --tags {result.folder} --labels "lost card" "opening hours" complaint '
+        '-- "When do you close on Sundays?"'
+    )
+
+
+def _clear(folder: Path) -> None:
+    """Remove the files of an earlier quickstart, and nothing else."""
+    for name in ("checkpoint.safetensors", "metrics.jsonl", "config.yaml"):
+        (folder / name).unlink(missing_ok=True)

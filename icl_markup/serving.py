@@ -1,0 +1,60 @@
+"""From command-line arguments to a model and to the options and demonstrations that it is asked with."""
+
+from __future__ import annotations
+
+import argparse
+
+from icl_markup.backbone import Backbone, BackboneConfig
+from icl_markup.episodes import Episode
+from icl_markup.errors import PromptError
+from icl_markup.model import MarkupModel
+from icl_markup.readers import TaskSource, read_task
+from icl_markup.tagfile import load_model, read_tags
+from icl_markup.tasks import Task, TaskChecks
+
+
+def load_for(args: argparse.Namespace) -> MarkupModel:
+    """Load the model that `--tags`, `--backbone`, `--template` and `--device` name.
+
+    Raises:
+        PromptError: both tags and a template are given.
+        MarkupError: one of them cannot be loaded.
+    """
+    if not args.tags:
+        backbone = Backbone.load(BackboneConfig(args.backbone or "embedded", device=args.device))
+        return MarkupModel(backbone, args.template or "markup")
+    if args.template:
+        raise PromptError("--tags brings its own template; leave --template away")
+    saved = read_tags(args.tags).backbone
+    revision = None if args.backbone else saved["revision"]
+    return load_model(args.tags, BackboneConfig(args.backbone or saved["name"], revision, device=args.device))
+
+
+def task_episode(args: argparse.Namespace) -> Episode:
+    """Build options and demonstrations from `--labels`, `--task`, `--shots` and `--demo`.
+
+    Raises:
+        PromptError: no labels are given, or a demonstration has an unknown one.
+        TaskError: the task cannot be read.
+    """
+    labels: dict[str, str] = dict.fromkeys(args.labels or [], "")
+    if len(labels) < len(args.labels or []):
+        raise PromptError("--labels names a label twice")
+    demos: list[tuple[str, str]] = []
+    description = ""
+    if args.task:
+        checks = TaskChecks(duplicates="drop")
+        task = read_task(TaskSource(args.task, checks=checks))
+        description = task.description
+        labels = labels or {label: task.descriptions.get(label, "") for label in task.labels}
+        demos = [d for d in _first_demos(task, args.shots) if d[1] in labels]
+    if not labels:
+        raise PromptError("no label names; give --labels or --task")
+    demos += [(text, label) for text, label in args.demo]
+    return MarkupModel.episode(labels, demos, none_of_the_above=args.none_of_the_above, task_description=description)
+
+
+def _first_demos(task: Task, shots: int) -> list[tuple[str, str]]:
+    """Take the first `shots` texts of each label of the first split, label after label in turn."""
+    texts = task.by_label(next(iter(task.splits)))
+    return [(texts[label][i], label) for i in range(shots) for label in task.labels if i < len(texts.get(label, ()))]

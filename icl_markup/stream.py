@@ -1,0 +1,98 @@
+"""The stream of training batches: episodes composed, sorted by length in windows, cut under a token budget.
+
+A window is a fixed number of episodes. Its prompts are sorted by length and cut into batches, so that little is
+padded; the batches then come in random order. The stream is a function of its configuration and seed alone, so
+that a run continues where it stopped by starting at a position.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from icl_markup.batching import cut_by_length
+from icl_markup.episodes import Episode, EpisodeSampler
+from icl_markup.errors import PromptError
+from icl_markup.markup import Markup
+from icl_markup.prompt import Prompt
+
+
+class Item(NamedTuple):
+    """A prompt and the episode it was composed from."""
+
+    prompt: Prompt
+    episode: Episode
+
+
+class Position(NamedTuple):
+    """Where a stream stands: the window, and the number of its batches that were consumed."""
+
+    window: int = 0
+    batch: int = 0
+
+
+@dataclass(frozen=True)
+class Step:
+    """The batches of one optimiser step, and where the stream stands after it."""
+
+    batches: tuple[tuple[Item, ...], ...]
+    after: Position
+    skipped: int
+    """Episodes of the step's windows that did not fit the backbone even without demonstrations."""
+
+
+class PromptStream:
+    """Training batches.
+
+    Args:
+        markup: composes the prompts.
+        sampler: draws the episodes.
+        window: episodes a window.
+        batch_tokens: the most tokens a batch may hold, padding included.
+        batches_per_step: batches an optimiser step takes (gradient accumulation times processes).
+    """
+
+    def __init__(
+        self, markup: Markup, sampler: EpisodeSampler, *, window: int, batch_tokens: int, batches_per_step: int
+    ):
+        self.markup = markup
+        self.sampler = sampler
+        self.window = window
+        self.batch_tokens = batch_tokens
+        self.batches_per_step = batches_per_step
+
+    def steps(self, start: Position = Position()) -> Iterator[Step]:  # noqa: B008 (immutable)
+        """Yield steps from a position on, without end.
+
+        Raises:
+            PromptError: not one prompt of a whole window fits the backbone.
+        """
+        pending: list[tuple[Item, ...]] = []
+        window, offset = start
+        skipped = 0
+        while True:
+            batches, unfit = self._batches(window)
+            skipped += unfit if offset == 0 else 0
+            for index in range(offset, len(batches)):
+                pending.append(batches[index])
+                if len(pending) == self.batches_per_step:
+                    yield Step(tuple(pending), Position(window, index + 1), skipped)
+                    pending, skipped = [], 0
+            window, offset = window + 1, 0
+
+    def _batches(self, window: int) -> tuple[list[tuple[Item, ...]], int]:
+        items: list[Item] = []
+        skipped, reason = 0, None
+        for position in range(self.window):
+            episode = self.sampler.episode(window, position)
+            try:
+                items += [Item(p, episode) for p in self.markup.compose_each(episode)]
+            except PromptError as error:
+                skipped, reason = skipped + 1, error
+        if not items:
+            raise PromptError(f"no prompt of a whole window of {self.window} episodes could be composed: {reason}")
+        groups = cut_by_length([len(item.prompt.ids) for item in items], self.batch_tokens)
+        random.Random(f"{self.sampler.seed}/order/{window}").shuffle(groups)
+        return [tuple(items[i] for i in group) for group in groups], skipped

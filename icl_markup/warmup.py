@@ -1,0 +1,505 @@
+"""Warm-up: meta-trains the tags on episodes of many tasks, with everything else frozen."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+from transformers import get_scheduler
+
+from icl_markup.backbone import Backbone, BackboneConfig
+from icl_markup.checkpoint import Progress, has_checkpoint, load_checkpoint, save_checkpoint
+from icl_markup.config import to_dict
+from icl_markup.episodes import EpisodeConfig, EpisodeSampler
+from icl_markup.errors import WarmupError
+from icl_markup.evaluation import answer_queries
+from icl_markup.markup import Answers
+from icl_markup.model import MarkupModel
+from icl_markup.readers import TaskSource, read_task
+from icl_markup.stream import Position, PromptStream, Step
+from icl_markup.tags import Initialisation, tags_in_vocabulary
+from icl_markup.tasks import Task
+from icl_markup.template import Template
+
+
+@dataclass(frozen=True)
+class OptimiserConfig:
+    """How the tags are trained: AdamW without weight decay."""
+
+    steps: int = 200
+    """Optimiser steps."""
+
+    learning_rate: float = 0.05
+    """Peak learning rate in units of the standard deviation of the vocabulary's embeddings, coordinate by
+    coordinate: the scale of embeddings differs a thousandfold between models, that of good steps does not."""
+
+    schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    """How the learning rate falls."""
+
+    warmup_steps: int = 10
+    """Steps over which it rises first."""
+
+    gradient_clip: float = 1.0
+    """The largest norm of the gradient."""
+
+    batch_tokens: int = 4096
+    """The most tokens of one forward pass, padding included."""
+
+    window: int = 128
+    """Episodes that are sorted by length together: more of them mean less padding."""
+
+    batches_per_step: int = 1
+    """Batches whose gradients one step adds up, over all processes together."""
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """How tags are validated while they warm up."""
+
+    every: int = 50
+    """Steps between validations; one happens before the first step and one after the last."""
+
+    episodes: int = 50
+    """Episodes a validation task, the same each time."""
+
+    n_way: int = 5
+    """Options an episode."""
+
+    k_shot: int = 1
+    """Demonstrations a label."""
+
+    patience: int | None = None
+    """Stop after so many validations without a better one; null: never."""
+
+
+@dataclass(frozen=True)
+class WarmupConfig:
+    """A warm-up."""
+
+    tasks: list[TaskSource]
+    """The tasks that tags are warmed up on."""
+
+    validation_tasks: list[TaskSource] = field(default_factory=list)
+    """Tasks that choose the best tags; where there are none, the last tags are kept."""
+
+    output: str = "runs/warmup"
+    """The folder for tags, checkpoints and metrics."""
+
+    resume: bool = False
+    """Continue the run in `output`."""
+
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    """The frozen language model."""
+
+    template: str = "markup"
+    """A template's name or path."""
+
+    tag_width: int | None = None
+    """Soft tokens a tag, instead of the widths that the template gives."""
+
+    initialisation: Initialisation = "description"
+    """How tags begin."""
+
+    answers: Answers = "symbols"
+    """Read option symbols at the slot, or score whole label names."""
+
+    supervise: Literal["all", "query"] = "all"
+    """In a causal model every demonstration's label is a slot too: train on all of them, or the queries' alone."""
+
+    episodes: EpisodeConfig = field(default_factory=EpisodeConfig)
+    """How episodes are drawn."""
+
+    optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
+    """How tags are trained."""
+
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    """How tags are validated."""
+
+    save_every: int = 50
+    """Steps between checkpoints."""
+
+    tracker: Literal["none", "wandb", "tensorboard"] = "none"
+    """Where metrics go besides metrics.jsonl; WANDB_MODE=offline keeps wandb off the network."""
+
+    seed: int = 0
+    """Seeds everything random."""
+
+
+@dataclass(frozen=True)
+class WarmupResult:
+    """What a warm-up made: the model with its best tags, where they are, and the summary on their card."""
+
+    model: MarkupModel
+    folder: Path
+    summary: dict[str, Any]
+
+
+def run_warmup(
+    config: WarmupConfig,
+    *,
+    tasks: Sequence[Task] | None = None,
+    validation_tasks: Sequence[Task] | None = None,
+    backbone: Backbone | None = None,
+    progress: bool = True,
+) -> WarmupResult:
+    """Warm tags up and save the best.
+
+    Args:
+        config: everything about the run.
+        tasks: tasks already read, instead of `config.tasks`.
+        validation_tasks: the same for `config.validation_tasks`.
+        backbone: a backbone already loaded, instead of `config.backbone`.
+        progress: show a progress bar.
+
+    Returns:
+        The model with its best tags, saved in ``OUTPUT/tags``.
+
+    Raises:
+        WarmupError: `output` holds another run, the loss is not finite, or the backbone was changed.
+        MarkupError: the backbone, the template or a task cannot be used.
+    """
+    accelerator = Accelerator(
+        mixed_precision="fp16" if config.backbone.precision == "fp16" else "no",
+        cpu=backbone.device.type == "cpu" if backbone else config.backbone.device == "cpu",
+        log_with=None if config.tracker == "none" else config.tracker,
+        project_dir=config.output,
+    )
+    set_seed(config.seed)
+    backbone = backbone or Backbone.load(config.backbone)
+    tasks = tasks if tasks is not None else [read_task(source) for source in config.tasks]
+    validation_tasks = (
+        validation_tasks if validation_tasks is not None else [read_task(s) for s in config.validation_tasks]
+    )
+    model = MarkupModel(
+        backbone,
+        _template(config),
+        answers=config.answers,
+        initialisation=config.initialisation,
+        seed=config.seed,
+    )
+    return _Warmup(config, model, tasks, validation_tasks, accelerator, progress).run()
+
+
+def _template(config: WarmupConfig) -> Template:
+    template = Template.load(config.template)
+    if template.is_plain:
+        raise WarmupError(f"template {template.name!r} has no tags: there is nothing to warm up")
+    return template if config.tag_width is None else template.with_width(config.tag_width)
+
+
+class _Warmup:
+    def __init__(
+        self,
+        config: WarmupConfig,
+        model: MarkupModel,
+        tasks: Sequence[Task],
+        validation_tasks: Sequence[Task],
+        accelerator: Accelerator,
+        progress: bool,
+    ):
+        assert model.table is not None
+        self.config = config
+        self.model = model
+        self.table = model.table
+        self.accelerator = accelerator
+        self.show_progress = progress and accelerator.is_main_process
+        self.out = Path(config.output)
+        self.task_names = [task.name for task in tasks]
+        self.validation_tasks = validation_tasks
+        plan = config.optimiser
+        processes = accelerator.num_processes
+        if plan.batches_per_step % processes:
+            raise WarmupError(
+                f"optimiser.batches_per_step is {plan.batches_per_step}, no multiple of the {processes} processes"
+            )
+        self.stream = PromptStream(
+            model.markup,
+            EpisodeSampler(tasks, config.episodes, config.seed),
+            window=plan.window,
+            batch_tokens=plan.batch_tokens,
+            batches_per_step=plan.batches_per_step,
+        )
+        self.scale = _embedding_deviation(model.backbone)
+        optimizer = torch.optim.AdamW([self.table.rows], lr=plan.learning_rate * self.scale, weight_decay=0.0)
+        self.optimizer = accelerator.prepare_optimizer(optimizer)
+        self.scheduler = get_scheduler(
+            plan.schedule, optimizer, num_warmup_steps=plan.warmup_steps, num_training_steps=plan.steps
+        )
+        self.raw_optimizer = optimizer
+        self.progress = Progress()
+        self.best = self.table.rows.detach().clone()
+
+    def run(self) -> WarmupResult:
+        _assert_only_tags_train(self.model)
+        checksum = self.model.backbone.checksum()
+        self._open_output()
+        if self.config.tracker != "none":
+            self.accelerator.init_trackers("icl-markup", to_dict(self.config))
+        try:
+            self._train()
+        finally:
+            self.accelerator.end_training()
+        if self.model.backbone.checksum() != checksum:
+            raise WarmupError("the backbone's weights changed during the warm-up; the tags were not saved")
+        with torch.no_grad():
+            self.table.rows.copy_(self.best)
+        summary = self._summary()
+        if self.accelerator.is_main_process:
+            self.model.save(self.out / "tags", summary)
+        self.accelerator.wait_for_everyone()
+        return WarmupResult(self.model, self.out / "tags", summary)
+
+    def _open_output(self) -> None:
+        comparable = _comparable(self.config)
+        if has_checkpoint(self.out):
+            if not self.config.resume:
+                raise WarmupError(
+                    f"{self.out}: holds a run already; resume it (--resume true) or choose another output"
+                )
+            rows, best, self.progress, before = load_checkpoint(self.out, self.raw_optimizer)
+            changed = next((k for k in comparable if comparable[k] != before.get(k)), None)
+            if changed:
+                raise WarmupError(
+                    f"{self.out}: was started with another {changed} ({before.get(changed)!r}); resume it as it was, "
+                    "or choose another output"
+                )
+            if rows.shape != self.table.rows.shape:
+                raise WarmupError(f"{self.out}: its tags have shape {tuple(rows.shape)}; the template was changed")
+            with torch.no_grad():
+                self.table.rows.copy_(rows)
+            self.best = best.to(self.table.rows.device)
+            for _ in range(self.progress.step):
+                self.scheduler.step()
+            if self.accelerator.is_main_process:
+                _truncate_metrics(self.out / "metrics.jsonl", self.progress.step)
+        elif self.accelerator.is_main_process:
+            try:
+                self.out.mkdir(parents=True, exist_ok=True)
+                (self.out / "config.yaml").write_text(yaml.safe_dump(to_dict(self.config), sort_keys=False))
+                (self.out / "metrics.jsonl").unlink(missing_ok=True)
+            except OSError as error:
+                raise WarmupError(f"{self.out}: cannot be written: {error}") from error
+        self.accelerator.wait_for_everyone()
+
+    def _train(self) -> None:
+        plan, state = self.config.optimiser, self.progress
+        if state.finished:
+            return
+        if state.step == 0:
+            self._validate()
+        with (
+            _interrupt_noted() as interrupted,
+            tqdm(
+                total=plan.steps, initial=state.step, desc="warm-up", unit="step", disable=not self.show_progress
+            ) as bar,
+        ):
+            for step in self.stream.steps(Position(state.window, state.batch)):
+                if state.step >= plan.steps or self._out_of_patience():
+                    break
+                metrics = self._step(step)
+                state.step += 1
+                state.window, state.batch = step.after
+                self._log({"step": state.step, **metrics})
+                bar.set_postfix(loss=f"{metrics['loss']:.3f}", best=f"{state.best_accuracy:.3f}", refresh=False)
+                bar.update()
+                last = state.step == plan.steps
+                if state.step % self.config.validation.every == 0 or last:
+                    self._validate()
+                if state.step % self.config.save_every == 0 or last:
+                    self._save()
+                if interrupted:
+                    self._save()
+                    raise WarmupError(
+                        f"interrupted after step {state.step}; continue with the same command and --resume true"
+                    )
+        state.finished = True
+        if not self.validation_tasks:
+            self.best = self.table.rows.detach().clone()
+            state.best_step = state.step
+        self._save()
+
+    def _step(self, step: Step) -> dict[str, Any]:
+        mine = step.batches[self.accelerator.process_index :: self.accelerator.num_processes]
+        all_slots = self.config.supervise == "all"
+        total_slots = sum(
+            sum(1 for slot in item.prompt.slots if all_slots or slot.is_query) for b in step.batches for item in b
+        )
+        device = self.table.rows.device
+        sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, right answers, tokens, padded positions
+        for batch in mine:
+            prompts = [item.prompt for item in batch]
+            terms = self.model.loss_terms(prompts, [item.episode for item in batch], all_slots)
+            loss = F.cross_entropy(terms.scores, terms.targets, reduction="sum", ignore_index=-1) / total_slots
+            self.accelerator.backward(loss)
+            longest = max(len(p.ids) for p in prompts)
+            right = (terms.scores.argmax(-1) == terms.targets).sum()
+            sums += torch.stack(
+                [
+                    loss.detach().double(),
+                    right.double(),
+                    torch.tensor(float(sum(len(p.ids) for p in prompts)), device=device),
+                    torch.tensor(float(longest * len(prompts)), device=device),
+                ]
+            )
+        sums = self.accelerator.reduce(sums, "sum")
+        if self.accelerator.num_processes > 1:
+            self.table.rows.grad = self.accelerator.reduce(self.table.rows.grad, "sum")
+        loss_value, right_value, tokens, positions = sums.tolist()
+        if not math.isfinite(loss_value):
+            self._fail_on(loss_value)
+        norm = self.accelerator.clip_grad_norm_([self.table.rows], self.config.optimiser.gradient_clip)
+        rate = self.scheduler.get_last_lr()[0]
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        items = [item for batch in step.batches for item in batch]
+        return {
+            "loss": loss_value,
+            "accuracy": right_value / total_slots,
+            "learning_rate": rate,
+            "gradient_norm": float(norm),
+            "slots": total_slots,
+            "tokens": int(tokens),
+            "padding": 1 - tokens / positions,
+            "shortened": sum(item.prompt.shortened for item in items),
+            "dropped": sum(item.prompt.dropped for item in items),
+            "skipped": step.skipped,
+        }
+
+    def _fail_on(self, loss: float) -> None:
+        with torch.no_grad():
+            self.table.rows.copy_(self.best)
+        if self.accelerator.is_main_process:
+            self.model.save(self.out / "tags", self._summary())
+        raise WarmupError(
+            f"the loss became {loss} at step {self.progress.step + 1}; the tags of step {self.progress.best_step} are "
+            f"in {self.out / 'tags'}; lower optimiser.learning_rate or use fp32"
+        )
+
+    def _validate(self) -> None:
+        if not self.validation_tasks:
+            return
+        plan, state = self.config.validation, self.progress
+        settings = EpisodeConfig(n_way=(plan.n_way, plan.n_way), k_shot=(plan.k_shot, plan.k_shot))
+        accuracy, loss = [], []
+        for task in self.validation_tasks:
+            sampler = EpisodeSampler([task], settings, seed=self.config.seed)
+            drawn = [sampler.episode(0, i) for i in range(plan.episodes)]
+            answers = answer_queries(self.model, drawn, self.config.optimiser.batch_tokens)
+            accuracy.append(float(answers.correct.mean()))
+            loss.append(float(answers.loss.mean()))
+        mean, mean_loss = sum(accuracy) / len(accuracy), sum(loss) / len(loss)
+        by_task = {f"validation_{t.name}": a for t, a in zip(self.validation_tasks, accuracy, strict=True)}
+        self._log({"step": state.step, "validation_accuracy": mean, "validation_loss": mean_loss, **by_task})
+        if (mean, -mean_loss) > (state.best_accuracy, -state.best_loss):
+            state.best_accuracy, state.best_loss, state.best_step = mean, mean_loss, state.step
+            state.stale = 0
+            self.best = self.table.rows.detach().clone()
+        else:
+            state.stale += 1
+
+    def _out_of_patience(self) -> bool:
+        patience = self.config.validation.patience
+        return patience is not None and self.progress.stale >= patience
+
+    def _log(self, metrics: dict[str, Any]) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as out:
+            out.write(json.dumps(metrics) + "\n")
+        if self.config.tracker != "none":
+            self.accelerator.log({k: v for k, v in metrics.items() if k != "step"}, step=metrics["step"])
+
+    def _save(self) -> None:
+        if self.accelerator.is_main_process:
+            save_checkpoint(
+                self.out, self.table.rows, self.best, self.raw_optimizer, self.progress, _comparable(self.config)
+            )
+
+    def _summary(self) -> dict[str, Any]:
+        state = self.progress
+        summary: dict[str, Any] = {
+            "tasks": self.task_names,
+            "validation tasks": [task.name for task in self.validation_tasks],
+            "steps": state.step,
+            "best step": state.best_step,
+            "learning rate": self.config.optimiser.learning_rate * self.scale,
+            "precision": self.model.backbone.precision,
+            "seed": self.config.seed,
+        }
+        if self.validation_tasks:
+            summary["validation accuracy"] = state.best_accuracy
+        known = tags_in_vocabulary(self.model.template.tags, self.model.backbone.tokenizer.get_vocab())
+        if known:
+            summary["tags whose names are also tokens of the tokenizer"] = [tag.name for tag in known]
+        return summary
+
+
+@contextmanager
+def _interrupt_noted() -> Iterator[list[int]]:
+    """Note Ctrl-C in the list yielded instead of raising it, so that a step is never cut in two; the second raises."""
+    noted: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield noted
+        return
+
+    def note(number: int, _frame: object) -> None:
+        if noted:
+            raise KeyboardInterrupt
+        noted.append(number)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _embedding_deviation(backbone: Backbone) -> float:
+    ids = backbone.vocabulary
+    with torch.no_grad():
+        sample = ids[torch.linspace(0, len(ids) - 1, min(len(ids), 8192)).long().to(ids.device)]
+        return float(backbone.embedding(sample).float().std(0).mean())
+
+
+def _assert_only_tags_train(model: MarkupModel) -> None:
+    trainable = [name for name, p in model.backbone.model.named_parameters() if p.requires_grad]
+    if trainable:
+        raise WarmupError(f"{trainable[0]} of the backbone requires a gradient; only tags may")
+
+
+def _comparable(config: WarmupConfig) -> dict[str, Any]:
+    """Return what of a configuration must not change when a run is resumed."""
+    data = to_dict(replace(config, resume=False, output="", tracker="none", save_every=1))
+    return dict(data)
+
+
+def _truncate_metrics(path: Path, step: int) -> None:
+    """Drop what was logged after the checkpoint, and a line that was cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break
+        if row["step"] > step:
+            break
+        kept.append(line + "\n")
+    part = path.with_suffix(".part")
+    part.write_text("".join(kept), encoding="utf-8")
+    part.replace(path)

@@ -1,0 +1,72 @@
+"""What ships inside the package: a small backbone that answers in-context prompts, and the quickstart on it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from icl_markup.backbone import Backbone, BackboneConfig
+from icl_markup.cli import main
+from icl_markup.embedded import resolve, sample_folders
+from icl_markup.evaluation import draw_episodes
+from icl_markup.experiment import correctness
+from icl_markup.model import MarkupModel
+from icl_markup.readers import read_task
+
+
+@pytest.fixture(scope="module")
+def embedded() -> Backbone:
+    return Backbone.load(BackboneConfig(device="cpu"))
+
+
+def test_the_backbone_is_small_has_a_card_and_is_read_from_safetensors_alone() -> None:
+    folder = Path(resolve("embedded"))
+    names = {path.name for path in folder.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md", "training.json"} <= names
+    assert not any(name.endswith((".bin", ".pt", ".pkl")) for name in names)
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 50_000_000
+    card = (folder / "README.md").read_text()
+    assert "Apache-2.0" in card and "all-MiniLM-L6-v2" in card
+
+
+def test_held_out_wordings_and_unseen_tasks_stay_out_of_the_backbones_training() -> None:
+    training = json.loads((Path(resolve("embedded")) / "training.json").read_text())
+    read = {Path(source["path"]).name for side in ("tasks", "validation_tasks") for source in training[side]}
+    assert not read & {path.name for path in sample_folders("unseen")}
+    unseen = "banking77 banking77_oos clinc_banking_oos hint3_curekart hint3_powerplay11 askubuntu webapplications "
+    unseen += "nlupp_banking_single tos_unfair_category tos_unfair_with_none indian_sc_rhetorical_roles"
+    assert not read & set(unseen.split())
+    clinc = next(source for source in training["tasks"] if source["path"].endswith("clinc150"))
+    assert {"card declined", "balance", "transfer", "credit limit"} <= set(clinc["without_labels"])
+
+
+def test_plain_words_and_untrained_tags_beat_chance_on_an_unseen_task(embedded: Backbone) -> None:
+    episodes = draw_episodes(read_task(sample_folders("unseen")[0]), n_way=4, k_shot=1, episodes=60, seed=1)
+    for template in ("plain_seen_02", "plain_heldout_01"):
+        assert correctness(MarkupModel(embedded, template), episodes).mean() > 0.25 + 0.12
+
+
+def test_the_quickstart_prints_a_table_a_file_and_a_command_that_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["quickstart", "--steps", "3", "--episodes", "6", "--rows", "rows.jsonl"]) == 0
+    shown = capsys.readouterr().out
+    for words in (
+        "chance",
+        "plain words",
+        "untrained tags",
+        "warmed-up tags",
+        "tags.safetensors has",
+        "predict --tags",
+    ):
+        assert words in shown
+    rows = [json.loads(line) for line in Path("rows.jsonl").read_text().splitlines()]
+    assert len(rows) == 4 * len(sample_folders("unseen"))
+    assert (tmp_path / "runs" / "quickstart" / "tags" / "tags.safetensors").stat().st_size < 20_000
+    arguments = ["predict", "--tags", "runs/quickstart/tags", "--labels", "lost card", "opening hours", "--"]
+    assert main([*arguments, "When do you close on Sundays?"]) == 0
+    assert json.loads(capsys.readouterr().out)["label"] in ("lost card", "opening hours")
+    assert main(["quickstart", "--steps", "3", "--episodes", "6"]) == 0  # a second run replaces the first
