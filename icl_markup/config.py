@@ -20,6 +20,9 @@ from icl_markup.errors import ConfigError, nearest
 
 T = TypeVar("T")
 
+# PyYAML's constructors let their own errors through on malformed scalars ("2024-13-45", "!!bool x", deep nesting).
+_YAML_ERRORS = (yaml.YAMLError, ValueError, AttributeError, LookupError, RecursionError, TypeError)
+
 
 def load_config(cls: type[T], path: str | Path | None = None, overrides: Sequence[str] = ()) -> T:
     """Read a configuration.
@@ -66,7 +69,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: no such configuration file")
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except _YAML_ERRORS as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if tree is None:
         return {}
@@ -87,8 +90,8 @@ def _pairs(overrides: Sequence[str]) -> Iterator[tuple[str, Any]]:
                 raise ConfigError(f"command line: --{key} lacks a value")
             value = rest.pop(0)
         try:
-            yield key.replace("-", "_"), yaml.safe_load(value)
-        except yaml.YAMLError as error:
+            yield key, yaml.safe_load(value)
+        except _YAML_ERRORS as error:
             raise ConfigError(f"command line: --{key}: {value!r} is not valid YAML") from error
 
 
@@ -97,7 +100,8 @@ def _set(tree: Any, key: str, value: Any) -> None:
     for part in parents:
         child = _child(tree, part, key)
         if child is None:
-            child = tree[part] = {}
+            child = {}
+            tree[int(part) if isinstance(tree, list) else part] = child
         tree = child
     if isinstance(tree, list):
         _child(tree, last, key)
@@ -111,7 +115,7 @@ def _set(tree: Any, key: str, value: Any) -> None:
 def _child(tree: Any, part: str, key: str) -> Any:
     if isinstance(tree, dict):
         return tree.get(part)
-    if isinstance(tree, list) and part.isdigit() and int(part) < len(tree):
+    if isinstance(tree, list) and part.isdecimal() and int(part) < len(tree):
         return tree[int(part)]
     raise ConfigError(f"command line: --{key}: no element {part!r} there")
 
@@ -126,9 +130,17 @@ def _check_keys(kind: Any, value: Any, where: str, prefix: str) -> None:
             if key not in known:
                 raise ConfigError(f"{where}: unknown key {prefix}{key}{nearest(str(key), known)}")
             _check_keys(hints[key], child, where, f"{prefix}{key}.")
+    elif isinstance(value, bool) and _wants_number(kind):
+        raise ConfigError(f"{where}: {prefix.rstrip('.')}: a number is wanted (got {value})")
     elif element is not None and isinstance(value, list):
         for index, child in enumerate(value):
             _check_keys(element, child, where, f"{prefix}{index}.")
+
+
+def _wants_number(kind: Any) -> bool:
+    """Whether a type holds a number and no truth value; YAML reads ``yes`` as one, and Python that as 1."""
+    parts = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
+    return bool({int, float} & set(parts)) and bool not in parts
 
 
 def _parts_of(kind: Any) -> tuple[Any, Any]:

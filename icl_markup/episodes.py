@@ -129,9 +129,15 @@ def _check_ranges(config: EpisodeConfig) -> None:
     for name, (bounds, least) in ranges.items():
         if bounds is not None and not least <= bounds[0] <= bounds[1]:
             raise TaskError(f"{name}: {list(bounds)} is no range of at least {least} from low to high")
+    if config.max_demos is not None and config.max_demos < 0:
+        raise TaskError(f"max_demos: {config.max_demos} is negative")
     for name in ("none_option", "out_of_scope", "hard_options"):
         if not 0 <= getattr(config, name) <= 1:
             raise TaskError(f"{name}: {getattr(config, name)} is no probability between 0 and 1")
+
+
+def _distinct(texts: dict[str, list[str]]) -> dict[str, list[str]]:
+    return {label: list(dict.fromkeys(of_label)) for label, of_label in texts.items()}
 
 
 class _Pool:
@@ -141,8 +147,8 @@ class _Pool:
         self.task = task
         self.config = config
         self.shared = config.demo_split == config.query_split
-        self.demos = task.by_label(config.demo_split)
-        self.queries = task.by_label(config.query_split)
+        self.demos = _distinct(task.by_label(config.demo_split))
+        self.queries = _distinct(task.by_label(config.query_split))
         self.oos = task.out_of_scope(config.query_split)
         self._eligible: dict[int, list[str]] = {}
         if len(self.eligible(config.k_shot[0])) < 2:
@@ -185,12 +191,10 @@ class _Pool:
         drawn = {label: rng.sample(self.demos[label], shots) for label in labels if shots}
         demos = [Demo(text, index[label]) for label, texts in drawn.items() for text in texts]
         rng.shuffle(demos)
-        taken = {demo.text for demo in demos}
-        queries = []
+        shown = {demo.text for demo in demos}
+        queries: list[Query] = []
         for _ in range(rng.randint(*config.queries)):
-            query = self._draw_query(rng, labels, open_world, taken)
-            queries.append(query)
-            taken.add(query.text)
+            queries.append(self._draw_query(rng, labels, open_world, shown, {query.text for query in queries}))
         options = [Option(label, self.task.descriptions.get(label, "")) for label in labels]
         if open_world:
             options.append(Option(NONE_OF_THE_ABOVE))
@@ -208,7 +212,9 @@ class _Pool:
             return labels
         return rng.sample(eligible, count)
 
-    def _draw_query(self, rng: random.Random, labels: list[str], open_world: bool, taken: set[str]) -> Query:
+    def _draw_query(
+        self, rng: random.Random, labels: list[str], open_world: bool, shown: set[str], asked: set[str]
+    ) -> Query:
         if open_world and rng.random() < self.config.out_of_scope:
             others = [label for label in self.task.labels if label not in labels and self.queries.get(label)]
             # Out-of-scope texts and texts of labels that are not offered are equally good "none of the above".
@@ -218,5 +224,7 @@ class _Pool:
                 return Query(rng.choice(self.queries[rng.choice(others)]), len(labels))
         answer = rng.randrange(len(labels))
         texts = self.queries[labels[answer]]
-        fresh = [text for text in texts if text not in taken] if taken else texts
-        return Query(rng.choice(fresh or texts), answer)
+        # A demonstration is never asked; a query is asked twice only where there is no other.
+        unseen = [text for text in texts if text not in shown] if shown else texts
+        fresh = [text for text in unseen if text not in asked] if asked else unseen
+        return Query(rng.choice(fresh or unseen or texts), answer)

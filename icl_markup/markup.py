@@ -19,7 +19,7 @@ from icl_markup.layout import Layout
 from icl_markup.prompt import Piece, Prompt, Slot
 from icl_markup.tags import TagTable
 from icl_markup.template import Node, Template
-from icl_markup.text import TextEncoder
+from icl_markup.text import TextEncoder, is_encodable
 
 Answers = Literal["symbols", "names"]
 SHORTEST_DEMO = 8
@@ -64,6 +64,7 @@ class Markup:
         self.max_length = max_length
         self._tag_ids = {tag.name: tuple(table.ids(tag.name)) for tag in template.tags} if table else {}
         self._symbols = OptionSymbols.find(encoder) if template.shows_symbols else None
+        self._spaced_text = _has_space_before(template.demo, Node("field", "text"))
         self._encode = lru_cache(maxsize=65536)(lambda text: tuple(encoder.encode(text)))
 
     def compose(self, episode: Episode) -> Prompt:
@@ -92,7 +93,8 @@ class Markup:
         while True:
             room = limit - fixed + sum(overhead[i] for i in range(len(texts)) if i not in kept)
             cap = _common_cap([len(texts[i]) for i in kept], room)
-            if cap is not None and (cap >= SHORTEST_DEMO or not kept):
+            longest = max((len(texts[i]) for i in kept), default=0)
+            if cap is not None and cap >= min(SHORTEST_DEMO, longest):
                 break
             if not kept:
                 raise PromptError(
@@ -138,12 +140,17 @@ class Markup:
         ]:
             if not text.strip():
                 raise PromptError(f"{place} has an empty text")
+            if not is_encodable(text):
+                raise PromptError(f"{place} holds half of a surrogate pair, which is no text; remove it")
+        if self.answers == "symbols":
+            self.option_symbols(len(episode.options))
         for i, demo in enumerate(episode.demos):
             if not 0 <= demo.answer < len(episode.options):
                 raise PromptError(f"demonstration {i} answers option {demo.answer} of {len(episode.options)}")
 
     def _text_ids(self, text: str) -> tuple[int, ...]:
-        return self._encode(f" {text.strip()}")
+        """Encode a demonstration's text as the template writes it, with a space before it or without."""
+        return self._encode(f" {text.strip()}" if self._spaced_text else text.strip())
 
     def _demo_overhead(self, episode: Episode) -> list[int]:
         """Return how many tokens each demonstration takes besides its text."""
@@ -169,6 +176,11 @@ class Markup:
         if not self.layout.stops_at_slot:
             out.section(template.tail, {"task": episode.task_description})
         return out.finish()
+
+
+def _has_space_before(nodes: Sequence[Node], field: Node) -> bool:
+    before = nodes[: nodes.index(field)]
+    return bool(before) and before[-1].kind == "text" and before[-1].value.endswith(" ")
 
 
 def _common_cap(lengths: list[int], room: int) -> int | None:
@@ -228,7 +240,7 @@ class _Assembly:
             elif node.value == "label":
                 self._slot(query) if query else self._answer(option)
             elif node.value == "symbol" and option is not None:
-                self._symbol(self.markup.option_symbols(option + 1)[option])
+                self._option_symbol(option)
             else:
                 self._value(values[node.value], cap if node.value == "text" else None)
 
@@ -245,6 +257,14 @@ class _Assembly:
         ids = self.markup._encode(f" {value}" if self.space else value)
         self.space = False
         self._add("value", ids[:cap])
+
+    def _option_symbol(self, option: int) -> None:
+        """Show an option's symbol; where names answer, options beyond the last symbol are numbered instead."""
+        symbols = self.markup._symbols
+        if symbols is None or option < len(symbols.ids):
+            self._symbol(self.markup.option_symbols(option + 1)[option])
+        else:
+            self._value(str(option + 1), None)
 
     def _symbol(self, symbol: int, kind: str = "symbol") -> None:
         symbols = self.markup._symbols

@@ -16,6 +16,7 @@ from typing import Any
 
 from icl_markup.errors import TaskError, nearest
 from icl_markup.tasks import Example, Task, TaskChecks, checked_task
+from icl_markup.text import is_encodable
 
 _SPLIT_ORDER = ("train", "validation", "dev", "test")
 
@@ -108,7 +109,10 @@ def _wanted_labels(task: Task, source: TaskSource) -> list[str] | None:
     for label in [*(source.labels or []), *source.without_labels]:
         if label not in task.labels:
             raise TaskError(f"{source.path}: the task has no label {label!r}{nearest(label, task.labels)}")
-    return [label for label in source.labels or task.labels if label not in source.without_labels]
+    kept = [label for label in source.labels or task.labels if label not in source.without_labels]
+    if len(set(kept)) < 2:
+        raise TaskError(f"{source.path}: labels and without_labels leave {len(set(kept))} label(s); keep two or more")
+    return kept
 
 
 def _split_rank(name: str) -> tuple[int, str]:
@@ -124,6 +128,8 @@ def _read_meta(path: Path) -> Mapping[str, Any]:
         raise TaskError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(meta, dict):
         raise TaskError(f"{path}: expected a JSON object, found {type(meta).__name__}")
+    if not isinstance(meta.get("label_descriptions") or {}, dict):
+        raise TaskError(f"{path}: label_descriptions is no object that maps label names to descriptions")
     return meta
 
 
@@ -159,9 +165,13 @@ def _csv_rows(path: Path, delimiter: str) -> Iterator[tuple[int, Mapping[str, An
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     with path.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
+        header = False
         while True:
             line = reader.line_num + 1
             try:
+                if not header:
+                    header = reader.fieldnames is not None
+                    line = reader.line_num + 1
                 row = next(reader)
             except StopIteration:
                 return
@@ -174,7 +184,9 @@ def _csv_rows(path: Path, delimiter: str) -> Iterator[tuple[int, Mapping[str, An
 
 def _example(row: Mapping[str, Any], place: str, source: TaskSource) -> Example:
     for column in (source.text_column, source.label_column):
-        if row.get(column) is None:
+        if column in row and row[column] is None:
+            raise TaskError(f"{place}: column {column!r} is empty; remove the row or fill it in")
+        if column not in row:
             found = ", ".join(map(repr, row)) or "nothing"
             raise TaskError(f"{place}: no column {column!r}, only {found}; set text_column and label_column")
     text = row[source.text_column]
@@ -182,6 +194,8 @@ def _example(row: Mapping[str, Any], place: str, source: TaskSource) -> Example:
         raise TaskError(f"{place}: the text is {type(text).__name__}, not a string")
     if not text.strip():
         raise TaskError(f"{place}: the text is empty; remove the row or fill it in")
+    if not is_encodable(text) or not is_encodable(str(row[source.label_column])):
+        raise TaskError(f"{place}: the row holds half of a surrogate pair, which is no text; remove it")
     return Example(text, _readable(row[source.label_column], source), place)
 
 
@@ -212,7 +226,10 @@ def _from_dataset(source: TaskSource, *, on_disk: bool) -> dict[str, list[Exampl
         for index, raw in enumerate(parts[split]):
             row = raw
             if names is not None and raw.get(source.label_column) is not None:
-                row = {**raw, source.label_column: names[raw[source.label_column]]}
+                index_of_class = raw[source.label_column]
+                if index_of_class < 0:
+                    raise TaskError(f"{source.path}[{split}]:{index}: the row has no label ({index_of_class})")
+                row = {**raw, source.label_column: names[index_of_class]}
             rows.append(_example(row, f"{source.path}[{split}]:{index}", source))
         splits[split] = rows
     return splits

@@ -45,6 +45,7 @@ _PIECE = re.compile(
     r"(?P<escape>\\.)|(?P<tag><[A-Za-z][A-Za-z0-9_-]*>)|(?P<field>\{[^{}]*\})|(?P<brace>[{}])|(?P<slash>\\$)"
     r"|(?P<text>[^\\<{}]+|<)"
 )
+_PROTECTED = {"\\n": "\0", "\\t": "\1"}
 _ESCAPES = {"\\n": "\n", "\\t": "\t", "\\\\": "\\", "\\<": "<", "\\{": "{", "\\}": "}", "\\@": "@", "\\#": "#"}
 
 
@@ -86,7 +87,7 @@ class Template:
             TemplateError: there is no such template, or it is malformed.
         """
         path = Path(name_or_path)
-        if path.suffix == ".tmpl" or path.exists():
+        if path.suffix == ".tmpl" or path.is_file():
             if not path.is_file():
                 raise TemplateError(f"{path}: no such template file")
             try:
@@ -108,10 +109,10 @@ class Template:
         Raises:
             TemplateError: the width is not from 1 to 1000.
         """
-        source = re.sub(
-            r"(?m)^(\s*@tag\s+<[^<>\s]*>)(?:\s+width=\S+)?", lambda found: f"{found[1]} width={width}", self.source
-        )
-        return Template.parse(source, self.name)
+        declaration = re.compile(r"^(\s*@tag\s+<[^<>\s]*>)(?:\s+width=\S+)?")
+        lines = self.source.splitlines()
+        source = "\n".join(declaration.sub(lambda found: f"{found[1]} width={width}", line) for line in lines)
+        return Template.parse(source + "\n", self.name)
 
     @property
     def is_plain(self) -> bool:
@@ -136,6 +137,7 @@ class _Parser:
         self.source = source
         self.name = name
         self.tags: dict[str, Tag] = {}
+        self.declared: dict[str, int] = {}
         self.used: set[str] = set()
         self.sections: dict[str, list[Node]] = {}
         self.opened: dict[str, int] = {}
@@ -174,9 +176,10 @@ class _Parser:
             raise self._error(number, column, f"{name} is no tag name; use <, a letter, letters, digits, - or _, and >")
         if name in self.tags:
             raise self._error(number, column, f"tag {name} is declared twice")
-        if width is not None and (not width.isascii() or not width.isdigit() or not 1 <= int(width) <= 1000):
-            raise self._error(number, line.index("width=") + 1, f"width={width} is no whole number from 1 to 1000")
-        self.tags[name] = Tag(name, int(width or 1), description or name.strip("<>"))
+        if width is not None and not (re.fullmatch(r"0*[0-9]{1,4}", width) and 1 <= int(width[-4:]) <= 1000):
+            raise self._error(number, line.index("width=") + 1, f"width={width[:20]} is no whole number from 1 to 1000")
+        self.declared[name] = number
+        self.tags[name] = Tag(name, int((width or "1")[-4:]), description or name.strip("<>"))
 
     def _open(self, text: str, number: int, line: str) -> str:
         section = text[1:]
@@ -214,8 +217,8 @@ class _Parser:
             elif match["escape"]:
                 if piece not in _ESCAPES:
                     raise self._error(number, column, f"unknown escape {piece}; known are {' '.join(_ESCAPES)}")
-                # A newline that was asked for is no layout: it is marked until the spaces are settled.
-                nodes.append(Node("text", _ESCAPES[piece].replace("\n", "\0")))
+                # White space that was asked for is no layout: it is marked until the spaces are settled.
+                nodes.append(Node("text", _PROTECTED.get(piece) or _ESCAPES[piece]))
             elif match["text"]:
                 nodes.append(Node("text", piece))
             else:
@@ -230,8 +233,7 @@ class _Parser:
                 if Node("field", name) not in self.sections[section]:
                     raise self._error(self.opened[section], 1, f"@{section} lacks the field {{{name}}}")
         for unused in (name for name in self.tags if name not in self.used):
-            line = next(n for n, text in enumerate(self.source.splitlines(), 1) if unused in text)
-            raise self._error(line, 1, f"tag {unused} is declared but not used")
+            raise self._error(self.declared[unused], 1, f"tag {unused} is declared but not used")
 
 
 def _settle_spaces(nodes: list[Node]) -> tuple[Node, ...]:
@@ -246,7 +248,7 @@ def _settle_spaces(nodes: list[Node]) -> tuple[Node, ...]:
             text = re.sub(r"[ \t]+", " ", node.value)
             if index + 1 < len(merged) and merged[index + 1].kind == "tag":
                 text = text.rstrip(" ")
-            text = text.replace("\0 ", "\0").replace("\0", "\n")
+            text = text.replace("\0 ", "\0").replace("\0", "\n").replace("\1", "\t")
             if index + 1 == len(merged):
                 text = text.rstrip(" ")
             if text:

@@ -56,12 +56,23 @@ class TextEncoder:
         return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
+def is_encodable(text: str) -> bool:
+    """Return whether `text` is Unicode text: a lone surrogate, as broken JSON brings along, is not."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _plain_copy(backend: Tokenizer, forbidden: frozenset[int | None]) -> Tokenizer:
     spec: dict[str, Any] = json.loads(backend.to_str())
     spec.update(added_tokens=[], post_processor=None, truncation=None, padding=None)
     spec["normalizer"] = _without_prefix_space(spec.get("normalizer"))
     spec["pre_tokenizer"] = _without_prefix_space(spec.get("pre_tokenizer"))
-    _rename_forbidden(spec["model"], forbidden)
+    # Unknown text needs its token, whether or not the tokenizer declares it as such.
+    unknown = spec["model"].get("unk_token")
+    _rename_forbidden(spec["model"], forbidden - {backend.token_to_id(unknown) if unknown else None})
     return Tokenizer.from_str(json.dumps(spec))
 
 
