@@ -5,16 +5,18 @@ The data's way through the modules: `tasks` (read by `readers`) â†’ `episodes` â
 `tagfile` keeps what was trained. Reference: Brunet, Anderson, Zemel 2023, arXiv 2312.07405.
 """
 
-from icl_markup.backbone import Backbone, BackboneConfig
+from icl_markup.backbone import Backbone
 from icl_markup.config import load_config
 from icl_markup.episodes import Demo, Episode, EpisodeConfig, EpisodeSampler, Option, Query
 from icl_markup.errors import MarkupError
+from icl_markup.loading import BackboneConfig
 from icl_markup.model import MarkupModel, Prediction
 from icl_markup.readers import TaskSource, read_task
 from icl_markup.tags import Tag
 from icl_markup.tasks import NONE_OF_THE_ABOVE, Example, Task
 from icl_markup.template import Template
-from icl_markup.warmup import WarmupConfig, run_warmup
+from icl_markup.warmup import run_warmup
+from icl_markup.warmup_config import WarmupConfig
 
 __version__ = "0.1.0"
 

@@ -10,59 +10,20 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from icl_markup.batching import Batch
-from icl_markup.embedded import resolve
 from icl_markup.errors import BackboneError
 from icl_markup.layout import Kind, Layout
+from icl_markup.loading import DTYPES, BackboneConfig, checkpoint_gradients, length_limit, load_pretrained
 from icl_markup.tags import TagTable, substituted
 from icl_markup.text import TextEncoder
 
-_AUTO_CLASSES = {
-    "causal": transformers.AutoModelForCausalLM,
-    "seq2seq": transformers.AutoModelForSeq2SeqLM,
-    "masked": transformers.AutoModelForMaskedLM,
-}
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True)
-class BackboneConfig:
-    """Which language model, and how it runs."""
-
-    name: str = "embedded"
-    """A transformers folder or hub name, or ``embedded`` for the encoder inside this package."""
-
-    revision: str | None = None
-    """A hub model's revision (commit, tag or branch)."""
-
-    kind: Literal["auto", "causal", "seq2seq", "masked"] = "auto"
-    """The kind of model; auto reads it off the model's configuration."""
-
-    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """The type of the weights; auto is bf16 on a GPU that has it, fp16 on other GPUs, fp32 on a CPU."""
-
-    precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    """Autocast of the computation; auto is bf16 on a CPU with bf16 instructions, and none elsewhere."""
-
-    device: str = "auto"
-    """cpu, cuda, cuda:1, mps …; auto takes the best that is there."""
-
-    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
-    """The attention implementation; auto is eager for small encoders on a CPU, where it is faster."""
-
-    max_length: int | None = None
-    """The longest prompt in tokens; null: the model's own limit."""
-
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+__all__ = ["Backbone", "BackboneConfig"]
 
 
 class Backbone:
@@ -103,7 +64,7 @@ class Backbone:
         self._head = model.get_output_embeddings()
         if self._head is None:
             raise BackboneError(f"{type(model).__name__} has no output head that can be read")
-        self.max_length = max_length or _length_limit(model, tokenizer)
+        self.max_length = max_length or length_limit(model, tokenizer)
         self._check_head()
 
     @classmethod
@@ -113,54 +74,18 @@ class Backbone:
         Raises:
             BackboneError: there is no such model, it has no language-model head, or an option does not fit.
         """
-        if isinstance(config, str):
-            config = BackboneConfig(config)
-        path = resolve(config.name)
-        hub: dict[str, Any] = {"revision": config.revision} if config.revision else {}
-        device = _device(config.device)
-        try:
-            settings = transformers.AutoConfig.from_pretrained(path, **hub)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(path, use_fast=True, **hub)
-        except (OSError, ValueError, KeyError) as error:
-            raise BackboneError(
-                f"backbone {config.name!r}: transformers cannot load it: {str(error).splitlines()[0]}"
-            ) from error
-        kind: Kind = _kind(settings) if config.kind == "auto" else config.kind
-        attention = config.attention
-        if attention == "auto":
-            attention = "eager" if device.type == "cpu" and kind == "masked" else "sdpa"
-        try:
-            loaded = _AUTO_CLASSES[kind].from_pretrained(
-                path,
-                dtype=_dtype(config.dtype, device),
-                attn_implementation=attention,
-                use_safetensors=True,
-                output_loading_info=True,
-                **hub,
-            )
-        except (OSError, ValueError, ImportError) as error:
-            raise BackboneError(f"backbone {config.name!r} as a {kind} model: {str(error).splitlines()[0]}") from error
-        model, report = loaded
-        if report["missing_keys"]:
-            missing = sorted(report["missing_keys"])
-            raise BackboneError(
-                f"backbone {config.name!r} lacks weights of a {kind} language model ({missing[0]}, {len(missing)} in "
-                "all): it was saved without its head; choose a checkpoint that has one"
-            )
-        if config.gradient_checkpointing:
-            # The layers checkpoint only in training mode; what dropout there is, is switched off by itself.
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        loaded = load_pretrained(BackboneConfig(config) if isinstance(config, str) else config)
         backbone = cls(
-            model.to(device),
-            tokenizer,
-            kind,
-            name=config.name,
-            revision=config.revision or getattr(settings, "_commit_hash", None),
-            precision=_precision(config.precision, device),
-            max_length=config.max_length,
+            loaded.model,
+            loaded.tokenizer,
+            loaded.kind,
+            name=loaded.config.name,
+            revision=loaded.revision,
+            precision=loaded.precision,
+            max_length=loaded.config.max_length,
         )
-        if config.gradient_checkpointing:
-            _train_without_dropout(model)
+        if loaded.config.gradient_checkpointing:
+            checkpoint_gradients(loaded.model)
         return backbone
 
     @property
@@ -223,7 +148,7 @@ class Backbone:
         """Return the autocast context of the configured precision."""
         if self.precision == "no":
             return nullcontext()
-        return torch.autocast(self.device.type, _DTYPES[self.precision])
+        return torch.autocast(self.device.type, DTYPES[self.precision])
 
     def _hidden(self, batch: Batch, table: TagTable | None) -> Tensor:
         """Run the model; return what its head is given at the slots, of shape (slots, hidden width)."""
@@ -299,66 +224,3 @@ class Backbone:
                 f"{type(self.model).__name__}: logits computed for single candidates differ from the model's own by "
                 f"{(ours - full).abs().max():.3g}; this architecture changes logits after its head in an unknown way"
             )
-
-
-def _kind(settings: transformers.PretrainedConfig) -> Kind:
-    if settings.is_encoder_decoder:
-        return "seq2seq"
-    for architecture in settings.architectures or ():
-        if architecture.endswith("MaskedLM"):
-            return "masked"
-        if architecture.endswith(("CausalLM", "LMHeadModel", "ConditionalGeneration")):
-            return "causal"
-    raise BackboneError(
-        f"cannot tell the kind of a model with architectures {settings.architectures}; set kind to causal, seq2seq or "
-        "masked"
-    )
-
-
-def _device(name: str) -> torch.device:
-    if name != "auto":
-        try:
-            return torch.device(name)
-        except RuntimeError as error:
-            raise BackboneError(f"device {name!r}: {str(error).splitlines()[0]}") from error
-    if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    if name != "auto":
-        return _DTYPES[name]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    return torch.float32
-
-
-def _precision(name: str, device: torch.device) -> Literal["no", "bf16", "fp16"]:
-    if name == "auto":
-        fast = device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        return "bf16" if fast else "no"
-    return name  # type: ignore[return-value]
-
-
-def _length_limit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    limits = []
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions:
-        # RoBERTa numbers positions from its padding index on, and so has that many fewer.
-        table = next((m for n, m in model.named_modules() if n.endswith("position_embeddings")), None)
-        padding = getattr(table, "padding_idx", None)
-        limits.append(positions - (padding + 1 if padding is not None else 0))
-    if tokenizer.model_max_length < 10**9:
-        limits.append(tokenizer.model_max_length)
-    return min(limits, default=2048)
-
-
-def _train_without_dropout(model: PreTrainedModel) -> None:
-    model.train()
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name in ("dropout", "attention_dropout", "dropout_rate", "attn_dropout"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)

@@ -95,7 +95,8 @@ def _add_episode(parser: argparse.ArgumentParser) -> None:
 
 
 def _warmup(args: argparse.Namespace, overrides: list[str]) -> None:
-    from icl_markup.warmup import WarmupConfig, run_warmup
+    from icl_markup.warmup import run_warmup
+    from icl_markup.warmup_config import WarmupConfig
 
     if _helped(args, WarmupConfig, "warmup"):
         return

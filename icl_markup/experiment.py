@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from icl_markup.backbone import Backbone, BackboneConfig
+from icl_markup.backbone import Backbone
 from icl_markup.errors import ConfigError
 from icl_markup.evaluation import Estimate, answer_queries, chance, draw_episodes, estimate
+from icl_markup.loading import BackboneConfig
 from icl_markup.model import MarkupModel
 from icl_markup.readers import TaskSource, read_task
 from icl_markup.results import result_row, write_rows

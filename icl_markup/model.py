@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from icl_markup.backbone import Backbone, BackboneConfig
+from icl_markup.backbone import Backbone
 from icl_markup.batching import Batch, cut_by_length
 from icl_markup.episodes import Demo, Episode, Option, Query
 from icl_markup.errors import PromptError, nearest
+from icl_markup.loading import BackboneConfig
 from icl_markup.markup import Answers, Markup
 from icl_markup.names import name_scores
 from icl_markup.prompt import Prompt

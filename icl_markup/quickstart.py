@@ -25,7 +25,8 @@ from icl_markup.readers import TaskSource, read_task
 from icl_markup.results import result_row, write_rows
 from icl_markup.tasks import Task
 from icl_markup.template import shipped_templates
-from icl_markup.warmup import WarmupConfig, WarmupResult, run_warmup
+from icl_markup.warmup import WarmupResult, run_warmup
+from icl_markup.warmup_config import WarmupConfig
 
 N_WAY, K_SHOT = 5, 1
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from icl_markup.backbone import Backbone, BackboneConfig
+from icl_markup.backbone import Backbone
 from icl_markup.episodes import Episode
 from icl_markup.errors import PromptError
+from icl_markup.loading import BackboneConfig
 from icl_markup.model import MarkupModel
 from icl_markup.readers import TaskSource, read_task
 from icl_markup.tagfile import load_model, read_tags

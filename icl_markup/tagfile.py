@@ -20,10 +20,11 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from icl_markup.backbone import Backbone, BackboneConfig
+from icl_markup.backbone import Backbone
 from icl_markup.card import model_card
 from icl_markup.errors import TagFileError, TemplateError
 from icl_markup.fingerprint import Fingerprint
+from icl_markup.loading import BackboneConfig
 from icl_markup.model import MarkupModel
 from icl_markup.template import Template
 

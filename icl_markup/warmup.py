@@ -8,9 +8,9 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import yaml
@@ -20,122 +20,21 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 
-from icl_markup.backbone import Backbone, BackboneConfig
+from icl_markup.backbone import Backbone
 from icl_markup.checkpoint import Progress, has_checkpoint, load_checkpoint, save_checkpoint
 from icl_markup.config import to_dict
 from icl_markup.episodes import EpisodeConfig, EpisodeSampler
 from icl_markup.errors import WarmupError
 from icl_markup.evaluation import answer_queries
-from icl_markup.markup import Answers
 from icl_markup.model import MarkupModel
-from icl_markup.readers import TaskSource, read_task
+from icl_markup.readers import read_task
 from icl_markup.stream import Position, PromptStream, Step
-from icl_markup.tags import Initialisation, tags_in_vocabulary
+from icl_markup.tags import tags_in_vocabulary
 from icl_markup.tasks import Task
 from icl_markup.template import Template
+from icl_markup.warmup_config import OptimiserConfig, ValidationConfig, WarmupConfig
 
-
-@dataclass(frozen=True)
-class OptimiserConfig:
-    """How the tags are trained: AdamW without weight decay."""
-
-    steps: int = 200
-    """Optimiser steps."""
-
-    learning_rate: float = 0.05
-    """Peak learning rate in units of the standard deviation of the vocabulary's embeddings, coordinate by
-    coordinate: the scale of embeddings differs a thousandfold between models, that of good steps does not."""
-
-    schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
-    """How the learning rate falls."""
-
-    warmup_steps: int = 10
-    """Steps over which it rises first."""
-
-    gradient_clip: float = 1.0
-    """The largest norm of the gradient."""
-
-    batch_tokens: int = 4096
-    """The most tokens of one forward pass, padding included."""
-
-    window: int = 128
-    """Episodes that are sorted by length together: more of them mean less padding."""
-
-    batches_per_step: int = 1
-    """Batches whose gradients one step adds up, over all processes together."""
-
-
-@dataclass(frozen=True)
-class ValidationConfig:
-    """How tags are validated while they warm up."""
-
-    every: int = 50
-    """Steps between validations; one happens before the first step and one after the last."""
-
-    episodes: int = 50
-    """Episodes a validation task, the same each time."""
-
-    n_way: int = 5
-    """Options an episode."""
-
-    k_shot: int = 1
-    """Demonstrations a label."""
-
-    patience: int | None = None
-    """Stop after so many validations without a better one; null: never."""
-
-
-@dataclass(frozen=True)
-class WarmupConfig:
-    """A warm-up."""
-
-    tasks: list[TaskSource]
-    """The tasks that tags are warmed up on."""
-
-    validation_tasks: list[TaskSource] = field(default_factory=list)
-    """Tasks that choose the best tags; where there are none, the last tags are kept."""
-
-    output: str = "runs/warmup"
-    """The folder for tags, checkpoints and metrics."""
-
-    resume: bool = False
-    """Continue the run in `output`."""
-
-    backbone: BackboneConfig = field(default_factory=BackboneConfig)
-    """The frozen language model."""
-
-    template: str = "markup"
-    """A template's name or path."""
-
-    tag_width: int | None = None
-    """Soft tokens a tag, instead of the widths that the template gives."""
-
-    initialisation: Initialisation = "description"
-    """How tags begin."""
-
-    answers: Answers = "symbols"
-    """Read option symbols at the slot, or score whole label names."""
-
-    supervise: Literal["all", "query"] = "all"
-    """In a causal model every demonstration's label is a slot too: train on all of them, or the queries' alone."""
-
-    episodes: EpisodeConfig = field(default_factory=EpisodeConfig)
-    """How episodes are drawn."""
-
-    optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
-    """How tags are trained."""
-
-    validation: ValidationConfig = field(default_factory=ValidationConfig)
-    """How tags are validated."""
-
-    save_every: int = 50
-    """Steps between checkpoints."""
-
-    tracker: Literal["none", "wandb", "tensorboard"] = "none"
-    """Where metrics go besides metrics.jsonl; WANDB_MODE=offline keeps wandb off the network."""
-
-    seed: int = 0
-    """Seeds everything random."""
+__all__ = ["OptimiserConfig", "ValidationConfig", "WarmupConfig", "WarmupResult", "run_warmup"]
 
 
 @dataclass(frozen=True)

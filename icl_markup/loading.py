@@ -1,0 +1,176 @@
+"""Loads a pretrained model with its tokenizer: kind, device, dtype and length are read off what is there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from icl_markup.embedded import resolve
+from icl_markup.errors import BackboneError
+from icl_markup.layout import Kind
+
+_AUTO_CLASSES = {
+    "causal": transformers.AutoModelForCausalLM,
+    "seq2seq": transformers.AutoModelForSeq2SeqLM,
+    "masked": transformers.AutoModelForMaskedLM,
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Types of weights and of autocast, by their names in configurations."""
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """Which language model, and how it runs."""
+
+    name: str = "embedded"
+    """A transformers folder or hub name, or ``embedded`` for the encoder inside this package."""
+
+    revision: str | None = None
+    """A hub model's revision (commit, tag or branch)."""
+
+    kind: Literal["auto", "causal", "seq2seq", "masked"] = "auto"
+    """The kind of model; auto reads it off the model's configuration."""
+
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """The type of the weights; auto is bf16 on a GPU that has it, fp16 on other GPUs, fp32 on a CPU."""
+
+    precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    """Autocast of the computation; auto is bf16 on a CPU with bf16 instructions, and none elsewhere."""
+
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps …; auto takes the best that is there."""
+
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    """The attention implementation; auto is eager for small encoders on a CPU, where it is faster."""
+
+    max_length: int | None = None
+    """The longest prompt in tokens; null: the model's own limit."""
+
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model on its device, with everything that was read off it."""
+
+    config: BackboneConfig
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    kind: Kind
+    revision: str | None
+    precision: Literal["no", "bf16", "fp16"]
+
+
+def load_pretrained(config: BackboneConfig) -> Loaded:
+    """Load a folder or hub name that transformers loads; weights are read from safetensors only.
+
+    Raises:
+        BackboneError: there is no such model, it has no language-model head, or an option does not fit.
+    """
+    path = resolve(config.name)
+    hub: dict[str, Any] = {"revision": config.revision} if config.revision else {}
+    device = _device(config.device)
+    try:
+        settings = transformers.AutoConfig.from_pretrained(path, **hub)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, use_fast=True, **hub)
+    except (OSError, ValueError, KeyError) as error:
+        raise BackboneError(f"backbone {config.name!r}: transformers cannot load it: {_first_line(error)}") from error
+    kind: Kind = _kind(settings) if config.kind == "auto" else config.kind
+    attention = config.attention
+    if attention == "auto":
+        attention = "eager" if device.type == "cpu" and kind == "masked" else "sdpa"
+    try:
+        model, report = _AUTO_CLASSES[kind].from_pretrained(
+            path,
+            dtype=_dtype(config.dtype, device),
+            attn_implementation=attention,
+            use_safetensors=True,
+            output_loading_info=True,
+            **hub,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise BackboneError(f"backbone {config.name!r} as a {kind} model: {_first_line(error)}") from error
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise BackboneError(
+            f"backbone {config.name!r} lacks weights of a {kind} language model ({missing[0]}, {len(missing)} in all): "
+            "it was saved without its head; choose a checkpoint that has one"
+        )
+    revision = config.revision or getattr(settings, "_commit_hash", None)
+    return Loaded(config, model.to(device), tokenizer, kind, revision, _precision(config.precision, device))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _kind(settings: transformers.PretrainedConfig) -> Kind:
+    if settings.is_encoder_decoder:
+        return "seq2seq"
+    for architecture in settings.architectures or ():
+        if architecture.endswith("MaskedLM"):
+            return "masked"
+        if architecture.endswith(("CausalLM", "LMHeadModel", "ConditionalGeneration")):
+            return "causal"
+    raise BackboneError(
+        f"cannot tell the kind of a model with architectures {settings.architectures}; set kind to causal, seq2seq or "
+        "masked"
+    )
+
+
+def _device(name: str) -> torch.device:
+    if name != "auto":
+        try:
+            return torch.device(name)
+        except RuntimeError as error:
+            raise BackboneError(f"device {name!r}: {str(error).splitlines()[0]}") from error
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name != "auto":
+        return DTYPES[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return torch.float32
+
+
+def _precision(name: str, device: torch.device) -> Literal["no", "bf16", "fp16"]:
+    if name == "auto":
+        fast = device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return "bf16" if fast else "no"
+    return name  # type: ignore[return-value]
+
+
+def length_limit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the longest input in tokens that a model takes; 2048 where neither it nor its tokenizer says."""
+    limits = []
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions:
+        # RoBERTa numbers positions from its padding index on, and so has that many fewer.
+        table = next((m for n, m in model.named_modules() if n.endswith("position_embeddings")), None)
+        padding = getattr(table, "padding_idx", None)
+        limits.append(positions - (padding + 1 if padding is not None else 0))
+    if tokenizer.model_max_length < 10**9:
+        limits.append(tokenizer.model_max_length)
+    return min(limits, default=2048)
+
+
+def checkpoint_gradients(model: PreTrainedModel) -> None:
+    """Recompute activations in the backward pass: layers do so in training mode only, so dropout is switched off."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("dropout", "attention_dropout", "dropout_rate", "attn_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
