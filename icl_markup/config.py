@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -123,9 +123,13 @@ def _child(tree: Any, part: str, key: str) -> Any:
 def _check_keys(kind: Any, value: Any, where: str, prefix: str) -> None:
     """Walk the data beside the types; report the first key that no dataclass has."""
     dataclass, element = _parts_of(kind)
-    if dataclass is not None and isinstance(value, Mapping):
+    if dataclass is not None and isinstance(value, dict):
         hints = typing.get_type_hints(dataclass)
         known = [f.name for f in dataclasses.fields(dataclass)]
+        for key in list(value):
+            # Hyphens are as good as underscores in a field's name (but not in a task's).
+            if key not in known and str(key).replace("-", "_") in known:
+                value[str(key).replace("-", "_")] = value.pop(key)
         for key, child in value.items():
             if key not in known:
                 raise ConfigError(f"{where}: unknown key {prefix}{key}{nearest(str(key), known)}")
