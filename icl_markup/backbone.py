@@ -47,7 +47,7 @@ class Backbone:
         *,
         name: str = "",
         revision: str | None = None,
-        precision: Literal["no", "bf16", "fp16"] = "no",
+        precision: Literal["none", "bf16", "fp16"] = "none",
         max_length: int | None = None,
     ):
         self.model = model.eval().requires_grad_(False)
@@ -146,7 +146,7 @@ class Backbone:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the autocast context of the configured precision."""
-        if self.precision == "no":
+        if self.precision == "none":
             return nullcontext()
         return torch.autocast(self.device.type, DTYPES[self.precision])
 

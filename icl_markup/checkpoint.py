@@ -43,8 +43,17 @@ class Progress:
     stale: int = 0
     """Validations since the best one."""
 
+    tokens: int = 0
+    """Tokens trained on."""
+
+    positions: int = 0
+    """The same with padding."""
+
     finished: bool = False
     """Whether the run has come to its end."""
+
+    schedule: dict[str, Any] = field(default_factory=dict)
+    """The state of the learning-rate schedule."""
 
     loss_scale: dict[str, Any] = field(default_factory=dict)
     """The state of fp16's loss scaling."""

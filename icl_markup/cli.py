@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -23,6 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"icl-markup: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:
+        # The reader has gone (`| head`): what is left must not be flushed into the closed pipe at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return 0
 
@@ -31,7 +34,13 @@ def _split(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Parse what the command declares; what a configuration command does not declare are overrides."""
     parser = _parser()
     if arguments and arguments[0] in ("warmup", "evaluate"):
-        return parser.parse_known_args(arguments)
+        # What follows the file are overrides, --help aside.
+        first = arguments[1:2]
+        if first and first[0].startswith("-") and first[0] not in ("-h", "--help"):
+            parser.error(f"{arguments[0]}: give the configuration file first, then its overrides")
+        helped = [word for word in arguments[2:] if word in ("-h", "--help")]
+        rest = [word for word in arguments[2:] if word not in ("-h", "--help")]
+        return parser.parse_args([*arguments[:2], *helped]), rest
     return parser.parse_args(arguments), []
 
 
@@ -82,6 +91,8 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tags", help="a tag folder; brings its backbone and template along")
     parser.add_argument("--backbone", help="a transformers folder or hub name (default: the tags', or embedded)")
     parser.add_argument("--template", help="a template's name or path, where no tags are given (default: markup)")
+    parser.add_argument("--answers", choices=["symbols", "names"], default="symbols",
+                        help="read option symbols, or score whole names (beyond 26 labels anyway)")  # fmt: skip
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps …")
 
 

@@ -55,6 +55,17 @@ def to_dict(config: Any) -> dict[str, Any]:
     return typing.cast(dict[str, Any], TypeAdapter(type(config)).dump_python(config, mode="json"))
 
 
+def require_positive(config: Any, *names: str) -> None:
+    """Check fields of a configuration when it is made.
+
+    Raises:
+        ConfigError: one of them is not above zero.
+    """
+    for name in names:
+        if getattr(config, name) <= 0:
+            raise ConfigError(f"{name}: {getattr(config, name)} is not above zero")
+
+
 def describe(cls: type[Any]) -> str:
     """Return the help of a configuration: every key with its type, default and docstring."""
     lines = []

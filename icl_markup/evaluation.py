@@ -23,10 +23,14 @@ class Answers:
     Attributes:
         correct: whether each query was answered rightly, shape (queries,), bool.
         loss: the negative log-probability of each right answer, shape (queries,).
+        shortened: how many demonstrations were shortened to fit, over all prompts.
+        dropped: how many were left out.
     """
 
     correct: NDArray[np.bool_]
     loss: NDArray[np.float64]
+    shortened: int = 0
+    dropped: int = 0
 
 
 @dataclass(frozen=True)
@@ -69,15 +73,16 @@ def answer_queries(model: MarkupModel, episodes: Sequence[Episode], batch_tokens
     Raises:
         PromptError: a query's right answer is not known, or a prompt cannot be composed.
     """
-    correct, loss = [], []
-    for episode, scores in zip(episodes, model.scores(episodes, batch_tokens), strict=True):
-        log_probs = scores.double().log_softmax(-1)
-        for query, row in zip(episode.queries, log_probs, strict=True):
+    correct, loss, shortened, dropped = [], [], 0, 0
+    for episode, found in zip(episodes, model.scores(episodes, batch_tokens), strict=True):
+        for query, one in zip(episode.queries, found, strict=True):
             if query.answer is None:
                 raise PromptError(f"the query {query.text[:60]!r} has no right answer to compare with")
-            correct.append(int(torch.argmax(row)) == query.answer)
-            loss.append(-float(row[query.answer]))
-    return Answers(np.array(correct, dtype=bool), np.array(loss))
+            log_probs = one.scores.double().log_softmax(-1)
+            correct.append(int(torch.argmax(log_probs)) == query.answer)
+            loss.append(-float(log_probs[query.answer]))
+            shortened, dropped = shortened + one.shortened, dropped + one.dropped
+    return Answers(np.array(correct, dtype=bool), np.array(loss), shortened, dropped)
 
 
 def estimate(correct: NDArray[np.bool_], seed: int = 0) -> Estimate:

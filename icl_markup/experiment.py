@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -79,6 +81,9 @@ class ExperimentConfig:
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     """The frozen language model."""
 
+    answers: Literal["symbols", "names"] = "symbols"
+    """For plain and tags_untrained: read option symbols, or score whole label names; tags bring theirs along."""
+
     batch_tokens: int = 8192
     """The most tokens of one forward pass, padding included."""
 
@@ -90,6 +95,17 @@ class Variant:
     method: str
     label: str
     model: MarkupModel | None
+    weights: str = ""
+
+    @property
+    def identity(self) -> str | None:
+        """Twelve digits that change with the backbone's weights, the tags and the template; None without a model."""
+        if self.model is None:
+            return None
+        digest = hashlib.sha256(f"{self.weights} {self.model.template.source} {self.model.answers}".encode())
+        if self.model.table is not None:
+            digest.update(self.model.table.rows.detach().cpu().numpy().tobytes())
+        return digest.hexdigest()[:12]
 
     @property
     def parameters(self) -> int:
@@ -113,29 +129,28 @@ def run_experiment(config: ExperimentConfig, command: str, *, progress: bool = T
         MarkupError: a task, backbone, template or tag folder cannot be used.
     """
     tasks = [read_task(source) for source in config.tasks]
+    for task in tasks:
+        for note in task.notes:
+            print(f"{task.name}: {note}", file=sys.stderr)
     variants = list(_variants(config, Backbone.load(config.backbone)))
     output = Path(config.output)
     rows = _read_rows(output)
     done = {_key(row) for row in rows}
     cells = [(task, setting) for task in tasks for setting in config.settings]
     for task, setting in tqdm(cells, desc="cells", unit="cell", disable=not progress):
-        new = []
-        for row in _measure_cell(config, task, setting, variants, done, command):
-            new.append(row)
+        measured = _measure_cell(config, task, setting, variants, done, command)
+        new = [row for row in measured if _key(row) not in done]
         write_rows(output, new)
         rows += new
     return rows
 
 
-def correctness(model: MarkupModel, episodes: Sequence[Any], batch_tokens: int = 8192) -> NDArray[np.bool_]:
-    """Return whether each episode's query is answered rightly, shape (episodes,)."""
-    return answer_queries(model, episodes, batch_tokens).correct
-
-
 def _measure_cell(
     config: ExperimentConfig, task: Task, setting: Setting, variants: list[Variant], done: set[str], command: str
 ) -> Iterator[dict[str, Any]]:
-    def row(method: str, label: str, value: Estimate, parameters: int, **more: Any) -> dict[str, Any]:
+    def row(
+        method: str, label: str, model: str | None, value: Estimate, parameters: int, **more: Any
+    ) -> dict[str, Any]:
         return result_row(
             experiment=config.experiment,
             task=task.name,
@@ -149,14 +164,13 @@ def _measure_cell(
             episodes=config.episodes,
             trainable_parameters=parameters,
             command=command,
+            query_split=config.query_split,
+            model=model,
             **more,
         )
 
-    key = {
-        "experiment": config.experiment, "task": task.name, "n_way": setting.n_way, "k_shot": setting.k_shot,
-        "seed": config.seed, "episodes": config.episodes, "backbone": config.backbone.name,
-    }  # fmt: skip
-    if all(_key({**key, "method": v.method, "template": v.label}) in done for v in variants):
+    wanted = (row(v.method, v.label, v.identity, Estimate(0, 0, 0), 0) for v in variants)
+    if all(_key(blank) in done for blank in wanted):
         return
     episodes = draw_episodes(
         task,
@@ -167,22 +181,28 @@ def _measure_cell(
         query_split=config.query_split,
     )
     answers: dict[str, list[NDArray[np.bool_]]] = {}
+    mean_options = round(float(np.mean([len(episode.options) for episode in episodes])), 2)
     for variant in variants:
         if variant.model is None:
-            yield row(variant.method, variant.label, chance(episodes), 0)
+            yield row(variant.method, variant.label, None, chance(episodes), 0, mean_options=mean_options)
             continue
-        correct = correctness(variant.model, episodes, config.batch_tokens)
-        answers.setdefault(variant.method, []).append(correct)
-        yield row(variant.method, variant.label, estimate(correct), variant.parameters)
-    for method, correct_by_variant in answers.items():
-        if len(correct_by_variant) > 1:
-            parameters = next(v.parameters for v in variants if v.method == method)
-            means = [float(c.mean()) for c in correct_by_variant]
+        found = answer_queries(variant.model, episodes, config.batch_tokens)
+        answers.setdefault(variant.method, []).append(found.correct)
+        fit = {"shortened": found.shortened, "dropped": found.dropped, "mean_options": mean_options}
+        value = estimate(found.correct)
+        yield row(variant.method, variant.label, variant.identity, value, variant.parameters, **fit)
+    for method, of_method in answers.items():
+        if len(of_method) > 1:
+            same = [variant for variant in variants if variant.method == method]
+            identity = hashlib.sha256(" ".join(v.identity or "" for v in same).encode()).hexdigest()[:12]
+            means = [float(correct.mean()) for correct in of_method]
             spread = {"minimum": round(min(means), 5), "maximum": round(max(means), 5), "variants": len(means)}
-            yield row(method, "mean", estimate(np.stack(correct_by_variant)), parameters, **spread)
+            value = estimate(np.stack(of_method))
+            yield row(method, "mean", identity, value, same[0].parameters, mean_options=mean_options, **spread)
 
 
 def _variants(config: ExperimentConfig, backbone: Backbone) -> Iterator[Variant]:
+    weights = backbone.checksum()
     for method in config.methods:
         if method.name == "chance":
             yield Variant("chance", "none", None)
@@ -191,17 +211,18 @@ def _variants(config: ExperimentConfig, backbone: Backbone) -> Iterator[Variant]
                 raise ConfigError("method tags: folders is empty; name the tag folders to measure")
             for folder in method.folders:
                 seed = read_tags(folder).training.get("seed")
-                yield Variant("tags", f"{Path(folder).parent.name} (seed {seed})", load_model(folder, backbone))
+                label = f"{Path(folder).parent.name} (seed {seed})"
+                yield Variant("tags", label, load_model(folder, backbone), weights)
         else:
             templates = method.templates or (["markup"] if method.name == "tags_untrained" else [])
             if not templates:
                 raise ConfigError(f"method {method.name}: templates is empty; name the templates to measure")
             for template in templates:
-                model = MarkupModel(backbone, template)
+                model = MarkupModel(backbone, template, answers=config.answers)
                 if model.template.is_plain != (method.name == "plain"):
                     has = "has no" if model.template.is_plain else "has"
                     raise ConfigError(f"method {method.name}: template {template!r} {has} tags")
-                yield Variant(method.name, Path(template).stem, model)
+                yield Variant(method.name, Path(template).stem, model, weights)
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
@@ -217,5 +238,5 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _key(row: dict[str, Any]) -> str:
-    names = ("experiment", "task", "backbone", "method", "template", "n_way", "k_shot", "seed", "episodes")
+    names = ("experiment", "task", "method", "template", "n_way", "k_shot", "seed", "episodes", "query_split", "model")
     return json.dumps([row.get(name) for name in names])

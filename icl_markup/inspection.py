@@ -50,7 +50,7 @@ def print_prompt(model: MarkupModel, episode: Episode, text: str, *, chat: bool 
         model.markup.layout = model.markup.layout.with_chat(model.backbone.tokenizer)
     prompt = model.markup.compose(replace(episode, queries=(Query(text),)))
     console = Console(soft_wrap=True)
-    table = Table(title=f"{len(prompt.ids)} tokens for {model.backbone.name} ({model.backbone.kind})")
+    table = Table(title=escape(f"{len(prompt.ids)} tokens for {model.backbone.name} ({model.backbone.kind})"))
     table.add_column("piece")
     table.add_column("string")
     table.add_column("ids")
@@ -77,10 +77,10 @@ def print_tags(folder: Path, nearest: int) -> None:
     console = Console()
     size = (folder / "tags.safetensors").stat().st_size
     parameters = sum(v.numel() for v in tags.vectors.values())
-    console.print(f"{folder}: {len(tags.vectors)} tags, {parameters:,} parameters, {size:,} bytes")
-    console.print(f"backbone: {tags.backbone['name']} ({tags.backbone['kind']}), template {tags.template.name}")
+    console.print(escape(f"{folder}: {len(tags.vectors)} tags, {parameters:,} parameters, {size:,} bytes"))
+    console.print(escape(f"backbone: {tags.backbone['name']} ({tags.backbone['kind']}), template {tags.template.name}"))
     for key, value in tags.training.items():
-        console.print(f"{key}: {escape(str(value))}")
+        console.print(escape(f"{key}: {value}"))
     table = Table()
     for heading in ("tag", "soft token", "norm"):
         table.add_column(heading)

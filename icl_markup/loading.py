@@ -39,14 +39,16 @@ class BackboneConfig:
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """The type of the weights; auto is bf16 on a GPU that has it, fp16 on other GPUs, fp32 on a CPU."""
 
-    precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    """Autocast of the computation; auto is bf16 on a CPU with bf16 instructions, and none elsewhere."""
+    precision: Literal["auto", "none", "bf16", "fp16"] = "auto"
+    """Autocast of the computation; auto is bf16 on a CPU with bf16 instructions, fp16 (with loss
+    scaling) where the weights are fp16 on an accelerator, and none elsewhere."""
 
     device: str = "auto"
     """cpu, cuda, cuda:1, mps …; auto takes the best that is there."""
 
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
-    """The attention implementation; auto is eager for small encoders on a CPU, where it is faster."""
+    """The attention implementation; auto is eager for masked models on a CPU, where it is
+    faster for short prompts, and the choice of transformers elsewhere."""
 
     max_length: int | None = None
     """The longest prompt in tokens; null: the model's own limit."""
@@ -64,7 +66,7 @@ class Loaded:
     tokenizer: PreTrainedTokenizerBase
     kind: Kind
     revision: str | None
-    precision: Literal["no", "bf16", "fp16"]
+    precision: Literal["none", "bf16", "fp16"]
 
 
 def load_pretrained(config: BackboneConfig) -> Loaded:
@@ -82,14 +84,15 @@ def load_pretrained(config: BackboneConfig) -> Loaded:
     except (OSError, ValueError, KeyError) as error:
         raise BackboneError(f"backbone {config.name!r}: transformers cannot load it: {_first_line(error)}") from error
     kind: Kind = _kind(settings) if config.kind == "auto" else config.kind
-    attention = config.attention
-    if attention == "auto":
-        attention = "eager" if device.type == "cpu" and kind == "masked" else "sdpa"
+    dtype = _dtype(config.dtype, device)
+    wanted = {} if config.attention == "auto" else {"attn_implementation": config.attention}
+    if config.attention == "auto" and device.type == "cpu" and kind == "masked":
+        wanted = {"attn_implementation": "eager"}
     try:
         model, report = _AUTO_CLASSES[kind].from_pretrained(
             path,
-            dtype=_dtype(config.dtype, device),
-            attn_implementation=attention,
+            dtype=dtype,
+            **wanted,
             use_safetensors=True,
             output_loading_info=True,
             **hub,
@@ -103,7 +106,7 @@ def load_pretrained(config: BackboneConfig) -> Loaded:
             "it was saved without its head; choose a checkpoint that has one"
         )
     revision = config.revision or getattr(settings, "_commit_hash", None)
-    return Loaded(config, model.to(device), tokenizer, kind, revision, _precision(config.precision, device))
+    return Loaded(config, model.to(device), tokenizer, kind, revision, _precision(config.precision, device, dtype))
 
 
 def _first_line(error: Exception) -> str:
@@ -143,11 +146,15 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
-def _precision(name: str, device: torch.device) -> Literal["no", "bf16", "fp16"]:
-    if name == "auto":
-        fast = device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        return "bf16" if fast else "no"
-    return name  # type: ignore[return-value]
+def _precision(name: str, device: torch.device, dtype: torch.dtype) -> Literal["none", "bf16", "fp16"]:
+    if name == "fp16" and device.type == "cpu":
+        raise BackboneError("precision fp16 needs an accelerator; on a CPU take bf16 or none")
+    if name != "auto":
+        return name  # type: ignore[return-value]
+    if device.type == "cpu":
+        fast = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return "bf16" if fast else "none"
+    return "fp16" if dtype == torch.float16 else "none"
 
 
 def length_limit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:

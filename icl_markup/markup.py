@@ -83,7 +83,7 @@ class Markup:
         caps: list[int | None] = [None] * len(texts)
         prompt = self._assemble(episode, caps)
         # A whole name takes the slot's place (masked) or follows it (causal); room for the longest is kept free.
-        reserve = max(len(self.name_ids(o.name)) for o in episode.options) if self.answers == "names" else 0
+        reserve = max(len(self.name_ids(o.name)) + 1 for o in episode.options) if self.answers == "names" else 0
         limit = self.max_length - reserve
         if len(prompt.ids) <= limit:
             return prompt
@@ -122,9 +122,14 @@ class Markup:
             raise PromptError(f"template {self.template.name!r} shows no option symbols")
         return self._symbols.take(count)
 
-    def name_ids(self, name: str) -> tuple[int, ...]:
-        """Return the ids of an option's whole name, as it stands at a slot."""
-        return self._encode(f" {name.strip()}")
+    def name_ids(self, name: str, spaced: bool = True) -> tuple[int, ...]:
+        """Return the ids of an option's whole name at a slot, with a space before it or without."""
+        return self._encode(f" {name.strip()}" if spaced else name.strip())
+
+    @property
+    def most_options(self) -> int | None:
+        """The number of options that the symbols suffice for; None where whole names answer."""
+        return None if self.answers == "names" or self._symbols is None else len(self._symbols.ids)
 
     def _check(self, episode: Episode) -> None:
         if len(episode.options) < 2:
@@ -287,7 +292,7 @@ class _Assembly:
 
     def _slot(self, query: Query) -> None:
         layout = self.markup.layout
-        names = self.markup.answers == "names"
+        names, spaced = self.markup.answers == "names", self.space
         candidates = () if names else self.markup.option_symbols(len(self.episode.options))
         symbols = self.markup._symbols
         if not names and symbols is not None and not symbols.spaced and self.markup.encoder.marks_spaces and self.space:
@@ -297,7 +302,7 @@ class _Assembly:
             self.stopped = True
         else:
             self._add("slot", (layout.mask_id,))
-        self.slots.append(Slot(self.length - 1, candidates, query.answer, is_query=True))
+        self.slots.append(Slot(self.length - 1, candidates, query.answer, is_query=True, spaced=spaced))
 
     def finish(self) -> Prompt:
         layout = self.markup.layout

@@ -31,11 +31,31 @@ class Prediction:
         text: the text.
         label: the most probable label.
         probabilities: every label's probability, in the order of the options.
+        shortened: demonstrations that were shortened so that the prompt fits the backbone.
+        dropped: demonstrations that were left out for the same reason.
     """
 
     text: str
     label: str
     probabilities: dict[str, float]
+    shortened: int = 0
+    dropped: int = 0
+
+
+@dataclass(frozen=True)
+class QueryScores:
+    """The scores of one query's options.
+
+    Attributes:
+        scores: shape (options,), fp32, on the CPU: logits of the options' symbols, or log-probabilities of their
+            names; a softmax over them gives probabilities.
+        shortened: demonstrations that were shortened to fit.
+        dropped: demonstrations that were left out.
+    """
+
+    scores: Tensor
+    shortened: int
+    dropped: int
 
 
 class MarkupModel:
@@ -74,14 +94,7 @@ class MarkupModel:
             if self.table is None:
                 raise PromptError(f"template {self.template.name!r} has no tags to give vectors to")
             self.table.load_vectors(vectors)
-        self.markup = Markup(
-            self.template,
-            backbone.encoder,
-            backbone.layout,
-            self.table,
-            answers=answers,
-            max_length=backbone.max_length,
-        )
+        self.markup = self._markup_for(answers)
 
     @classmethod
     def from_pretrained(
@@ -124,10 +137,24 @@ class MarkupModel:
         """Whether option symbols or whole names are read."""
         return self.markup.answers
 
-    def loss_terms(self, prompts: Sequence[Prompt], episodes: Sequence[Episode], all_slots: bool) -> SlotScores:
-        """Return differentiable scores of every supervised slot; see `SlotScores`."""
-        if self.answers == "names":
-            scores = name_scores(self.backbone, self.markup, prompts, episodes, self.table, self.length_normalised)
+    def _markup_for(self, answers: Answers) -> Markup:
+        backbone = self.backbone
+        return Markup(
+            self.template,
+            backbone.encoder,
+            backbone.layout,
+            self.table,
+            answers=answers,
+            max_length=backbone.max_length,
+        )
+
+    def loss_terms(
+        self, prompts: Sequence[Prompt], episodes: Sequence[Episode], all_slots: bool, markup: Markup | None = None
+    ) -> SlotScores:
+        """Return differentiable scores of every supervised slot of prompts that `markup` (by default ours) composed."""
+        markup = markup or self.markup
+        if markup.answers == "names":
+            scores = name_scores(self.backbone, markup, prompts, episodes, self.table, self.length_normalised)
             answers = [slot.answer for prompt in prompts for slot in prompt.slots]
             targets = torch.tensor([-1 if answer is None else answer for answer in answers], device=scores.device)
             return SlotScores(scores, targets, torch.ones_like(targets, dtype=torch.bool))
@@ -142,31 +169,47 @@ class MarkupModel:
         return 0 if pad is None else int(pad)
 
     @torch.inference_mode()
-    def scores(self, episodes: Sequence[Episode], batch_tokens: int = 8192) -> list[Tensor]:
-        """Return the options' scores for every query of every episode.
+    def scores(self, episodes: Sequence[Episode], batch_tokens: int = 8192) -> list[list[QueryScores]]:
+        """Score the options of every query of every episode; each query gets a prompt of its own.
+
+        Episodes with more options than the tokenizer has symbols are scored by their options' whole names.
 
         Args:
-            episodes: the episodes; each query gets a prompt of its own.
+            episodes: the episodes.
             batch_tokens: the most tokens a batch may hold, padding included.
 
         Returns:
-            For each episode a tensor of shape (queries, options), fp32, on the CPU: logits of the options'
-            symbols, or log-probabilities of their names. A softmax over the options gives probabilities.
+            For each episode a list with the scores of its queries.
+
+        Raises:
+            PromptError: a prompt cannot be composed.
         """
         singles = [
             Episode(e.options, e.demos, (query,), e.task, e.task_description) for e in episodes for query in e.queries
         ]
-        prompts = [self.markup.compose(single) for single in singles]
-        rows: list[Tensor | None] = [None] * len(singles)
+        most = self.markup.most_options
+        many = [most is not None and len(single.options) > most for single in singles]
+        found: dict[int, QueryScores] = {}
+        for named in sorted(set(many)):
+            markup = self._markup_for("names") if named else self.markup
+            self._score(markup, {i: s for i, s in enumerate(singles) if many[i] == named}, batch_tokens, found)
+        flat = (found[i] for i in range(len(singles)))
+        return [[next(flat) for _ in e.queries] for e in episodes]
+
+    def _score(
+        self, markup: Markup, singles: dict[int, Episode], batch_tokens: int, found: dict[int, QueryScores]
+    ) -> None:
+        """Score episodes of one query each, by index, into `found`."""
+        prompts = {i: markup.compose(single) for i, single in singles.items()}
         # Names are scored in as many copies of a prompt as there are options.
-        copies = [len(s.options) if self.answers == "names" else 1 for s in singles]
-        lengths = [len(p.ids) * n for p, n in zip(prompts, copies, strict=True)]
-        for indices in cut_by_length(lengths, batch_tokens):
-            terms = self.loss_terms([prompts[i] for i in indices], [singles[i] for i in indices], all_slots=False)
+        copies = {i: len(single.options) if markup.answers == "names" else 1 for i, single in singles.items()}
+        order = list(singles)
+        for group in cut_by_length([len(prompts[i].ids) * copies[i] for i in order], batch_tokens):
+            indices = [order[g] for g in group]
+            terms = self.loss_terms([prompts[i] for i in indices], [singles[i] for i in indices], False, markup)
             for row, i in zip(terms.scores.cpu(), indices, strict=True):
-                rows[i] = row[: len(singles[i].options)]
-        flat = iter([row for row in rows if row is not None])
-        return [torch.stack([next(flat) for _ in e.queries]) for e in episodes]
+                prompt = prompts[i]
+                found[i] = QueryScores(row[: len(singles[i].options)], prompt.shortened, prompt.dropped)
 
     def classify(
         self,
@@ -200,13 +243,18 @@ class MarkupModel:
         if not texts:
             return []
         queries = tuple(Query(text) for text in texts)
-        scores = self.scores([Episode(episode.options, episode.demos, queries, "", task_description)], batch_tokens)[0]
+        asked = Episode(episode.options, episode.demos, queries, "", task_description)
+        return self.predictions(asked, batch_tokens)
+
+    def predictions(self, episode: Episode, batch_tokens: int = 8192) -> list[Prediction]:
+        """Answer every query of an episode, one `Prediction` each; errors as in `classify`."""
         names = [option.name for option in episode.options]
-        predictions = []
-        for text, row in zip(texts, scores.double().softmax(-1).tolist(), strict=True):
-            probabilities = dict(zip(names, row, strict=True))
-            predictions.append(Prediction(text, max(names, key=probabilities.__getitem__), probabilities))
-        return predictions
+        answers = []
+        for query, found in zip(episode.queries, self.scores([episode], batch_tokens)[0], strict=True):
+            probabilities = dict(zip(names, found.scores.double().softmax(-1).tolist(), strict=True))
+            label = max(names, key=probabilities.__getitem__)
+            answers.append(Prediction(query.text, label, probabilities, found.shortened, found.dropped))
+        return answers
 
     @staticmethod
     def episode(
@@ -221,11 +269,11 @@ class MarkupModel:
         names = [name.strip() for name in (labels if isinstance(labels, Sequence) else described)]
         if isinstance(labels, str):
             raise PromptError("labels is one string; give a list of label names")
+        if none_of_the_above:
+            names.append(NONE_OF_THE_ABOVE)
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
             raise PromptError(f"label {twice!r} is given twice")
-        if none_of_the_above:
-            names.append(NONE_OF_THE_ABOVE)
         index = {name: i for i, name in enumerate(names)}
         shown = []
         for text, label in demos:

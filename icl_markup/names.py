@@ -54,7 +54,7 @@ def name_scores(
     for prompt, episode in zip(prompts, episodes, strict=True):
         for slot in prompt.slots:
             for option, _ in enumerate(episode.options):
-                name = markup.name_ids(episode.options[option].name)
+                name = markup.name_ids(episode.options[option].name, slot.spaced)
                 first = slot.position
                 if markup.layout.kind == "masked":
                     ids = prompt.ids[:first] + (markup.layout.mask_id,) * len(name) + prompt.ids[first + 1 :]

@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from icl_markup.episodes import Episode, Query
 from icl_markup.errors import PromptError
-from icl_markup.model import MarkupModel
+from icl_markup.model import MarkupModel, Prediction
 
 _CHUNK = 256
 """Texts that are batched together; the memory a stream needs does not depend on its length."""
@@ -36,10 +37,11 @@ def open_texts(texts: Sequence[str], file: str | None) -> Iterator[Iterable[tupl
         yield _numbered("standard input", sys.stdin)
         return
     try:
-        with Path(str(file)).open(encoding="utf-8") as lines:
-            yield _numbered(str(file), lines)
+        lines = Path(str(file)).open(encoding="utf-8")  # noqa: SIM115 (closed below; errors of the body are its own)
     except OSError as error:
         raise PromptError(f"{file}: cannot be read: {error.strerror}") from error
+    with lines:
+        yield _numbered(str(file), lines)
 
 
 def predict_lines(
@@ -56,21 +58,30 @@ def predict_lines(
     Raises:
         PromptError: a text is empty, or does not fit; the message names its place. Lines before it were yielded.
     """
-    names = [option.name for option in episode.options]
     source = iter(texts)
     while chunk := list(islice(source, _CHUNK)):
-        for place, text in chunk:
-            if not text.strip():
-                raise PromptError(f"{place}: the text is empty")
-            try:
-                model.markup.compose(replace(episode, queries=(Query(text),)))
-            except PromptError as error:
-                raise PromptError(f"{place}: {error}") from error
         asked = replace(episode, queries=tuple(Query(text) for _, text in chunk))
-        for (_, text), row in zip(chunk, model.scores([asked], batch_tokens)[0], strict=True):
-            probabilities = dict(zip(names, row.double().softmax(-1).tolist(), strict=True))
-            label = max(names, key=probabilities.__getitem__)
-            yield json.dumps({"text": text, "label": label, "probabilities": probabilities}, ensure_ascii=False)
+        try:
+            answers = model.predictions(asked, batch_tokens)
+        except PromptError:
+            # One text spoils a batch: answer what stands before it, and name its place.
+            for place, text in chunk:
+                if not text.strip():
+                    raise PromptError(f"{place}: the text is empty") from None
+                try:
+                    [answer] = model.predictions(replace(episode, queries=(Query(text),)), batch_tokens)
+                except PromptError as error:
+                    raise PromptError(f"{place}: {error}") from error
+                yield _line(answer)
+            raise
+        yield from map(_line, answers)
+
+
+def _line(answer: Prediction) -> str:
+    line: dict[str, Any] = {"text": answer.text, "label": answer.label, "probabilities": answer.probabilities}
+    if answer.shortened or answer.dropped:
+        line |= {"shortened_demonstrations": answer.shortened, "dropped_demonstrations": answer.dropped}
+    return json.dumps(line, ensure_ascii=False)
 
 
 def _numbered(name: str, lines: Iterable[str]) -> Iterator[tuple[str, str]]:

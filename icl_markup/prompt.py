@@ -23,6 +23,7 @@ class Slot:
             sequence-to-sequence model the index in the decoder's ids.
         candidates: the ids of the options' symbols, or empty where whole names are scored.
         answer: the index of the right option, or None where it is not known.
+        spaced: whether a space stands before the answer, which a whole name then takes into its first token.
         is_query: whether the answer is asked for (a query), and not shown (a demonstration).
     """
 
@@ -30,6 +31,7 @@ class Slot:
     candidates: tuple[int, ...]
     answer: int | None
     is_query: bool
+    spaced: bool = True
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from tqdm.auto import tqdm
 
 from icl_markup.config import load_config
 from icl_markup.embedded import quickstart_config, sample_folders
-from icl_markup.evaluation import Estimate, chance, draw_episodes, estimate
-from icl_markup.experiment import correctness
+from icl_markup.errors import WarmupError
+from icl_markup.evaluation import Estimate, answer_queries, chance, draw_episodes, estimate
 from icl_markup.model import MarkupModel
 from icl_markup.readers import TaskSource, read_task
 from icl_markup.results import result_row, write_rows
@@ -49,7 +50,7 @@ def run_quickstart(
     began = time.monotonic()
     config = _config(folder, overrides)
     console.print(
-        f"Warming up the tags of template [bold]{config.template}[/] on {len(config.tasks)} sample tasks; the "
+        f"Warming up the tags of template [bold]{escape(config.template)}[/] on {len(config.tasks)} sample tasks; the "
         "language model stays frozen."
     )
     _clear(folder)
@@ -97,7 +98,7 @@ def _methods(model: MarkupModel) -> dict[str, list[MarkupModel]]:
 
 def _measure(task: Task, methods: dict[str, list[MarkupModel]], episodes: int) -> _Measured:
     drawn = draw_episodes(task, n_way=N_WAY, k_shot=K_SHOT, episodes=episodes, seed=0)
-    correct = {name: np.stack([correctness(m, drawn) for m in models]) for name, models in methods.items()}
+    correct = {name: np.stack([answer_queries(m, drawn).correct for m in models]) for name, models in methods.items()}
     return _Measured(task.name, chance(drawn).mean, correct)
 
 
@@ -150,7 +151,7 @@ def _rows(
             seed=config.seed,
             episodes=episodes,
             trainable_parameters=0 if table is None else table.rows.numel(),
-            command=f"icl-markup quickstart --episodes {episodes}",
+            command=f"icl-markup quickstart --episodes {episodes} --steps {config.optimiser.steps}",
         )
 
 
@@ -159,8 +160,10 @@ def _say_how_to_go_on(console: Console, result: WarmupResult, seconds: float) ->
     assert table is not None
     size = (result.folder / "tags.safetensors").stat().st_size
     console.print(
-        f"\nThe tags are in [bold]{result.folder}[/]: tags.safetensors has {size:,} bytes, {table.rows.numel():,} "
-        f"parameters.\nAll of it took {seconds:.0f} seconds. Now classify a sentence of your own:\n"
+        f"\nThe tags are in [bold]{escape(str(result.folder))}[/]: "
+        f"tags.safetensors has {size:,} bytes, "
+        f"{table.rows.numel():,} parameters.\nAll of it took {seconds:.0f} seconds. "
+        "Now classify a sentence of your own:\n"
     )
     program = Path(sys.argv[0])
     shown = os.path.relpath(program) if program.name == "icl-markup" and program.is_file() else "icl-markup"
@@ -171,6 +174,15 @@ def _say_how_to_go_on(console: Console, result: WarmupResult, seconds: float) ->
 
 
 def _clear(folder: Path) -> None:
-    """Remove the files of an earlier quickstart, and nothing else."""
+    """Remove the run of an earlier quickstart, which is known by a marker; any other run stays.
+
+    Raises:
+        WarmupError: the folder holds another run.
+    """
+    marker = folder / "quickstart"
+    if (folder / "config.yaml").exists() and not marker.exists():
+        raise WarmupError(f"{folder}: holds a run that is no quickstart; choose another --output")
     for name in ("checkpoint.safetensors", "metrics.jsonl", "config.yaml"):
         (folder / name).unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    marker.touch()

@@ -58,6 +58,9 @@ class TaskSource:
     oos_label: str | None = None
     """The label that means out-of-scope, as a readable name."""
 
+    with_oos: bool = True
+    """Keep the out-of-scope texts; false leaves them out."""
+
     description: str = ""
     """One sentence about the task, for templates that use the field {task}."""
 
@@ -99,6 +102,12 @@ def read_task(source: TaskSource | str | Path) -> Task:
         oos_label=source.oos_label or meta.get("oos_label"),
         checks=source.checks,
     )
+    if source.oos_label and not any(task.out_of_scope(split) for split in task.splits):
+        raise TaskError(
+            f"{source.path}: oos_label {source.oos_label!r} is no label{nearest(source.oos_label, task.labels)}"
+        )
+    if not source.with_oos:
+        task = task.without_oos()
     wanted = _wanted_labels(task, source)
     return task if wanted is None else task.only_labels(wanted)
 

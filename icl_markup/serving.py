@@ -23,9 +23,11 @@ def load_for(args: argparse.Namespace) -> MarkupModel:
     """
     if not args.tags:
         backbone = Backbone.load(BackboneConfig(args.backbone or "embedded", device=args.device))
-        return MarkupModel(backbone, args.template or "markup")
+        return MarkupModel(backbone, args.template or "markup", answers=args.answers)
     if args.template:
         raise PromptError("--tags brings its own template; leave --template away")
+    if args.answers != "symbols":
+        raise PromptError("--tags brings along how it is answered; leave --answers away")
     saved = read_tags(args.tags).backbone
     revision = None if args.backbone else saved["revision"]
     return load_model(args.tags, BackboneConfig(args.backbone or saved["name"], revision, device=args.device))

@@ -93,6 +93,9 @@ class PromptStream:
                 skipped, reason = skipped + 1, error
         if not items:
             raise PromptError(f"no prompt of a whole window of {self.window} episodes could be composed: {reason}")
-        groups = cut_by_length([len(item.prompt.ids) for item in items], self.batch_tokens)
+        # Whole names are scored in as many copies of a prompt as there are options.
+        copies = [len(item.episode.options) if self.markup.answers == "names" else 1 for item in items]
+        lengths = [len(item.prompt.ids) * count for item, count in zip(items, copies, strict=True)]
+        groups = cut_by_length(lengths, self.batch_tokens)
         random.Random(f"{self.sampler.seed}/order/{window}").shuffle(groups)
         return [tuple(items[i] for i in group) for group in groups], skipped

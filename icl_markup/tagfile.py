@@ -43,6 +43,7 @@ class TagFile:
         backbone: the backbone's name, revision, kind and embedding width.
         fingerprint: that of the backbone.
         answers: symbols or names.
+        length_normalised: whether names are scored by the mean log-probability of their tokens.
         training: the summary of the warm-up; empty for untrained tags.
     """
 
@@ -52,6 +53,7 @@ class TagFile:
     backbone: dict[str, Any]
     fingerprint: Fingerprint
     answers: str
+    length_normalised: bool
     training: dict[str, Any]
 
 
@@ -79,6 +81,7 @@ def save_model(model: MarkupModel, folder: str | Path, training: dict[str, Any] 
         "fingerprint": Fingerprint.of(backbone).to_json(),
         "template": {"name": Path(model.template.name).stem, "source": model.template.source},
         "answers": model.answers,
+        "length_normalised": model.length_normalised,
         "training": training or {},
     }
     files = {
@@ -118,6 +121,7 @@ def read_tags(folder: str | Path) -> TagFile:
             dict(details["backbone"]),
             Fingerprint.from_json(details["fingerprint"]),
             str(details["answers"]),
+            bool(details["length_normalised"]),
             dict(details["training"]),
         )
         declared = {str(t["name"]): int(t["width"]) for t in details["tags"]}
@@ -153,7 +157,7 @@ def load_model(folder: str | Path, backbone: Backbone | BackboneConfig | None = 
             f"{folder}: these tags were made for {tags.backbone['name']!r}, not for {backbone.name!r}: {difference}"
         )
     answers: Any = tags.answers
-    return MarkupModel(backbone, tags.template, tags.vectors, answers=answers)
+    return MarkupModel(backbone, tags.template, tags.vectors, answers=answers, length_normalised=tags.length_normalised)
 
 
 def _read_details(path: Path) -> dict[str, Any]:
@@ -182,12 +186,19 @@ def _replace_folder(folder: Path, files: dict[str, bytes]) -> None:
                 os.fsync(out.fileno())
         part.chmod(0o755)
         if folder.exists():
+            # A folder that is not empty cannot be replaced in one call: the old one steps aside and, if the new one
+            # cannot take its place, comes back.
             old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
             folder.rename(old / "was")
-            part.rename(folder)
-            shutil.rmtree(old)
+            try:
+                part.rename(folder)
+            except BaseException:
+                (old / "was").rename(folder)
+                raise
+            finally:
+                shutil.rmtree(old, ignore_errors=True)
         else:
             part.rename(folder)
-    except OSError:
+    except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise

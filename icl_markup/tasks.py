@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 from icl_markup.errors import TaskError
@@ -68,6 +68,11 @@ class Task:
         if name not in self.splits:
             raise TaskError(f"task {self.name!r} has no split {name!r}; it has {', '.join(sorted(self.splits))}")
         return self.splits[name]
+
+    def without_oos(self) -> Task:
+        """Return the task without its out-of-scope texts."""
+        splits = {s: tuple(e for e in examples if e.label != self.oos_label) for s, examples in self.splits.items()}
+        return replace(self, splits=splits, oos_label=None)
 
     def only_labels(self, labels: Iterable[str], name: str | None = None) -> Task:
         """Return the task restricted to `labels` (out-of-scope examples stay), under another name if given.

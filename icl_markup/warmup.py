@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import yaml
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 from torch.nn import functional as F
 from tqdm.auto import tqdm
@@ -70,14 +70,17 @@ def run_warmup(
         WarmupError: `output` holds another run, the loss is not finite, or the backbone was changed.
         MarkupError: the backbone, the template or a task cannot be used.
     """
+    on_cpu = backbone.device.type == "cpu" if backbone else config.backbone.device == "cpu"
+    PartialState(cpu=on_cpu)  # gives this process its device, on which the backbone is then loaded
+    backbone = backbone or Backbone.load(config.backbone)
     accelerator = Accelerator(
-        mixed_precision="fp16" if config.backbone.precision == "fp16" else "no",
-        cpu=backbone.device.type == "cpu" if backbone else config.backbone.device == "cpu",
+        # Autocast is the backbone's; of accelerate's mixed precision only the loss scaling of fp16 is wanted.
+        mixed_precision="fp16" if backbone.precision == "fp16" else "no",
+        cpu=backbone.device.type == "cpu",
         log_with=None if config.tracker == "none" else config.tracker,
         project_dir=config.output,
     )
     set_seed(config.seed)
-    backbone = backbone or Backbone.load(config.backbone)
     tasks = tasks if tasks is not None else [read_task(source) for source in config.tasks]
     validation_tasks = (
         validation_tasks if validation_tasks is not None else [read_task(s) for s in config.validation_tasks]
@@ -86,6 +89,7 @@ def run_warmup(
         backbone,
         _template(config),
         answers=config.answers,
+        length_normalised=config.length_normalised,
         initialisation=config.initialisation,
         seed=config.seed,
     )
@@ -117,6 +121,7 @@ class _Warmup:
         self.show_progress = progress and accelerator.is_main_process
         self.out = Path(config.output)
         self.task_names = [task.name for task in tasks]
+        self.notes = [f"{task.name}: {note}" for task in [*tasks, *validation_tasks] for note in task.notes]
         self.validation_tasks = validation_tasks
         plan = config.optimiser
         processes = accelerator.num_processes
@@ -140,6 +145,8 @@ class _Warmup:
         self.raw_optimizer = optimizer
         self.progress = Progress()
         self.best = self.table.rows.detach().clone()
+        self._interrupts: list[int] = []
+        self._told_to_stop = False
 
     def run(self) -> WarmupResult:
         _assert_only_tags_train(self.model)
@@ -149,16 +156,16 @@ class _Warmup:
             self.accelerator.init_trackers("icl-markup", to_dict(self.config))
         try:
             self._train()
+            if self.model.backbone.checksum() != checksum:
+                raise WarmupError("the backbone's weights changed during the warm-up; the tags were not saved")
+            with torch.no_grad():
+                self.table.rows.copy_(self.best)
+            summary = self._summary()
+            if self.accelerator.is_main_process:
+                self.model.save(self.out / "tags", summary)
+            self.accelerator.wait_for_everyone()
         finally:
             self.accelerator.end_training()
-        if self.model.backbone.checksum() != checksum:
-            raise WarmupError("the backbone's weights changed during the warm-up; the tags were not saved")
-        with torch.no_grad():
-            self.table.rows.copy_(self.best)
-        summary = self._summary()
-        if self.accelerator.is_main_process:
-            self.model.save(self.out / "tags", summary)
-        self.accelerator.wait_for_everyone()
         return WarmupResult(self.model, self.out / "tags", summary)
 
     def _open_output(self) -> None:
@@ -180,8 +187,12 @@ class _Warmup:
             with torch.no_grad():
                 self.table.rows.copy_(rows)
             self.best = best.to(self.table.rows.device)
-            for _ in range(self.progress.step):
-                self.scheduler.step()
+            if self.accelerator.scaler is not None and self.progress.loss_scale:
+                self.accelerator.scaler.load_state_dict(self.progress.loss_scale)
+            if self.progress.schedule:
+                self.scheduler.load_state_dict({**self.scheduler.state_dict(), **self.progress.schedule})
+                for group, rate in zip(self.raw_optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
+                    group["lr"] = rate
             if self.accelerator.is_main_process:
                 _truncate_metrics(self.out / "metrics.jsonl", self.progress.step)
         elif self.accelerator.is_main_process:
@@ -200,7 +211,7 @@ class _Warmup:
         if state.step == 0:
             self._validate()
         with (
-            _interrupt_noted() as interrupted,
+            _interrupt_noted() as self._interrupts,
             tqdm(
                 total=plan.steps, initial=state.step, desc="warm-up", unit="step", disable=not self.show_progress
             ) as bar,
@@ -211,6 +222,8 @@ class _Warmup:
                 metrics = self._step(step)
                 state.step += 1
                 state.window, state.batch = step.after
+                if not self.validation_tasks:
+                    self.best, state.best_step = self.table.rows.detach().clone(), state.step
                 self._log({"step": state.step, **metrics})
                 bar.set_postfix(loss=f"{metrics['loss']:.3f}", best=f"{state.best_accuracy:.3f}", refresh=False)
                 bar.update()
@@ -219,15 +232,12 @@ class _Warmup:
                     self._validate()
                 if state.step % self.config.save_every == 0 or last:
                     self._save()
-                if interrupted:
+                if self._told_to_stop:
                     self._save()
                     raise WarmupError(
                         f"interrupted after step {state.step}; continue with the same command and --resume true"
                     )
         state.finished = True
-        if not self.validation_tasks:
-            self.best = self.table.rows.detach().clone()
-            state.best_step = state.step
         self._save()
 
     def _step(self, step: Step) -> dict[str, Any]:
@@ -237,7 +247,10 @@ class _Warmup:
             sum(1 for slot in item.prompt.slots if all_slots or slot.is_query) for b in step.batches for item in b
         )
         device = self.table.rows.device
-        sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, right answers, tokens, padded positions
+        # Loss, right answers, tokens, positions with padding, and whether a process was told to stop: all of them
+        # must stop after the same step, or one would wait for the others for ever.
+        sums = torch.zeros(5, device=device)
+        sums[4] = float(bool(self._interrupts))
         for batch in mine:
             prompts = [item.prompt for item in batch]
             terms = self.model.loss_terms(prompts, [item.episode for item in batch], all_slots)
@@ -245,21 +258,21 @@ class _Warmup:
             self.accelerator.backward(loss)
             longest = max(len(p.ids) for p in prompts)
             right = (terms.scores.argmax(-1) == terms.targets).sum()
-            sums += torch.stack(
-                [
-                    loss.detach().double(),
-                    right.double(),
-                    torch.tensor(float(sum(len(p.ids) for p in prompts)), device=device),
-                    torch.tensor(float(longest * len(prompts)), device=device),
-                ]
-            )
+            tokens_and_positions = [float(sum(len(p.ids) for p in prompts)), float(longest * len(prompts))]
+            sums[:2] += torch.stack([loss.detach().float(), right.float()])
+            sums[2:4] += torch.tensor(tokens_and_positions, device=device)
         sums = self.accelerator.reduce(sums, "sum")
         if self.accelerator.num_processes > 1:
             self.table.rows.grad = self.accelerator.reduce(self.table.rows.grad, "sum")
-        loss_value, right_value, tokens, positions = sums.tolist()
+        loss_value, right_value, tokens, positions, stop = sums.tolist()
+        self._told_to_stop = stop > 0
         if not math.isfinite(loss_value):
-            self._fail_on(loss_value)
-        norm = self.accelerator.clip_grad_norm_([self.table.rows], self.config.optimiser.gradient_clip)
+            self._fail_on("loss", loss_value)
+        norm = float(self.accelerator.clip_grad_norm_([self.table.rows], self.config.optimiser.gradient_clip))
+        if not math.isfinite(norm) and self.accelerator.scaler is None:  # a loss scaler skips such steps by itself
+            self._fail_on("gradient's norm", norm)
+        self.progress.tokens += int(tokens)
+        self.progress.positions += int(positions)
         rate = self.scheduler.get_last_lr()[0]
         self.optimizer.step()
         self.scheduler.step()
@@ -269,7 +282,7 @@ class _Warmup:
             "loss": loss_value,
             "accuracy": right_value / total_slots,
             "learning_rate": rate,
-            "gradient_norm": float(norm),
+            "gradient_norm": norm if math.isfinite(norm) else None,
             "slots": total_slots,
             "tokens": int(tokens),
             "padding": 1 - tokens / positions,
@@ -278,14 +291,14 @@ class _Warmup:
             "skipped": step.skipped,
         }
 
-    def _fail_on(self, loss: float) -> None:
+    def _fail_on(self, what: str, value: float) -> None:
         with torch.no_grad():
             self.table.rows.copy_(self.best)
         if self.accelerator.is_main_process:
             self.model.save(self.out / "tags", self._summary())
         raise WarmupError(
-            f"the loss became {loss} at step {self.progress.step + 1}; the tags of step {self.progress.best_step} are "
-            f"in {self.out / 'tags'}; lower optimiser.learning_rate or use fp32"
+            f"the {what} became {value} at step {self.progress.step + 1}; the tags of step {self.progress.best_step} "
+            f"are in {self.out / 'tags'}; lower optimiser.learning_rate or use fp32"
         )
 
     def _validate(self) -> None:
@@ -323,6 +336,10 @@ class _Warmup:
             self.accelerator.log({k: v for k, v in metrics.items() if k != "step"}, step=metrics["step"])
 
     def _save(self) -> None:
+        schedule = self.scheduler.state_dict()
+        self.progress.schedule = {name: schedule[name] for name in ("last_epoch", "_step_count", "_last_lr")}
+        if self.accelerator.scaler is not None:
+            self.progress.loss_scale = self.accelerator.scaler.state_dict()
         if self.accelerator.is_main_process:
             save_checkpoint(
                 self.out, self.table.rows, self.best, self.raw_optimizer, self.progress, _comparable(self.config)
@@ -337,10 +354,13 @@ class _Warmup:
             "best step": state.best_step,
             "learning rate": self.config.optimiser.learning_rate * self.scale,
             "precision": self.model.backbone.precision,
+            "padding": round(1 - state.tokens / state.positions, 4) if state.positions else 0.0,
             "seed": self.config.seed,
         }
         if self.validation_tasks:
             summary["validation accuracy"] = state.best_accuracy
+        if self.notes:
+            summary["notes on the data"] = self.notes
         known = tags_in_vocabulary(self.model.template.tags, self.model.backbone.tokenizer.get_vocab())
         if known:
             summary["tags whose names are also tokens of the tokenizer"] = [tag.name for tag in known]

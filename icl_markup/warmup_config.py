@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from icl_markup.config import require_positive
 from icl_markup.episodes import EpisodeConfig
 from icl_markup.loading import BackboneConfig
 from icl_markup.markup import Answers
@@ -27,7 +28,7 @@ class OptimiserConfig:
     """How the learning rate falls."""
 
     warmup_steps: int = 10
-    """Steps over which it rises first."""
+    """Steps over which it rises first (not with the schedule constant)."""
 
     gradient_clip: float = 1.0
     """The largest norm of the gradient."""
@@ -40,6 +41,9 @@ class OptimiserConfig:
 
     batches_per_step: int = 1
     """Batches whose gradients one step adds up, over all processes together."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "steps", "learning_rate", "gradient_clip", "batch_tokens", "window", "batches_per_step")
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,9 @@ class ValidationConfig:
 
     patience: int | None = None
     """Stop after so many validations without a better one; null: never."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "every", "episodes", "n_way")
 
 
 @dataclass(frozen=True)
@@ -93,6 +100,9 @@ class WarmupConfig:
     answers: Answers = "symbols"
     """Read option symbols at the slot, or score whole label names."""
 
+    length_normalised: bool = True
+    """With names: score by the mean log-probability of a name's tokens instead of the sum."""
+
     supervise: Literal["all", "query"] = "all"
     """In a causal model every demonstration's label is a slot too: train on all of them, or the queries' alone."""
 
@@ -108,8 +118,11 @@ class WarmupConfig:
     save_every: int = 50
     """Steps between checkpoints."""
 
-    tracker: Literal["none", "wandb", "tensorboard"] = "none"
+    tracker: Literal["none", "wandb"] = "none"
     """Where metrics go besides metrics.jsonl; WANDB_MODE=offline keeps wandb off the network."""
 
     seed: int = 0
     """Seeds everything random."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "save_every")

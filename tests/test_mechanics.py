@@ -29,7 +29,7 @@ def test_training_loss_falls_on_real_shapes(kind: str, tmp_path: Path) -> None:
         transformers.T5ForConditionalGeneration(settings).save_pretrained(tmp_path / "model")
         transformers.AutoTokenizer.from_pretrained(source).save_pretrained(tmp_path / "model")
         name = str(tmp_path / "model")
-    backbone = Backbone.load(BackboneConfig(name, device="cpu", precision="no"))
+    backbone = Backbone.load(BackboneConfig(name, device="cpu", precision="none"))
     assert backbone.kind == kind
     checksum = backbone.checksum()
     config = WarmupConfig(

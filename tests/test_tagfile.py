@@ -73,7 +73,7 @@ def test_tags_load_on_the_same_backbone_in_another_precision(tmp_path: Path) -> 
     source = tiny_backbone("llama")
     source.model.save_pretrained(tmp_path / "model")
     source.tokenizer.save_pretrained(tmp_path / "model")
-    config = BackboneConfig(str(tmp_path / "model"), device="cpu", precision="no", max_length=200)
+    config = BackboneConfig(str(tmp_path / "model"), device="cpu", precision="none", max_length=200)
     model = saved(tmp_path / "tags", Backbone.load(config))
     half = MarkupModel.from_tags(tmp_path / "tags", BackboneConfig(str(tmp_path / "model"), dtype="bf16", device="cpu"))
     assert torch.equal(half.table.rows, model.table.rows)

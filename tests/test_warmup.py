@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import torch
 from icl_markup import warmup as warmup_module
 from icl_markup.backbone import Backbone
 from icl_markup.episodes import Demo, Episode, EpisodeConfig, Option, Query
-from icl_markup.errors import WarmupError
+from icl_markup.errors import ConfigError, WarmupError
 from icl_markup.model import MarkupModel
 from icl_markup.warmup import OptimiserConfig, ValidationConfig, WarmupConfig, run_warmup
 from tests.conftest import tiny_backbone, tiny_task
@@ -70,14 +72,14 @@ def test_logits_without_tags_are_bit_equal_before_during_and_after(
         return result
 
     monkeypatch.setattr(warmup_module._Warmup, "_step", spy)
-    result = warm_up(tmp_path / "run", backbone=backbone)
+    result = run_warmup(
+        config_for(tmp_path / "run"), tasks=[tiny_task()], validation_tasks=[], backbone=backbone, progress=False
+    )
     assert len(during) == 6
     assert all(torch.equal(before, logits) for logits in during)
     assert torch.equal(before, plain_logits(backbone))
     assert all(torch.equal(weights[k], v) for k, v in backbone.model.state_dict().items())
-    fresh = MarkupModel(tiny_backbone({"causal": "llama", "seq2seq": "t5"}.get(backbone.kind, "bert")), "markup")
-    assert result.model.table.rows.requires_grad
-    assert fresh.table is not None
+    assert not torch.equal(result.model.table.rows, MarkupModel(backbone, "markup").table.rows)
 
 
 def test_tags_move_and_nothing_else_requires_a_gradient(backbone: Backbone, tmp_path: Path) -> None:
@@ -101,12 +103,14 @@ def test_two_equal_runs_give_equal_bytes(kind: str, tmp_path: Path) -> None:
     assert metrics[0] == metrics[1]
 
 
-@pytest.mark.parametrize("kind", ["llama", "t5", "bert"])
-@pytest.mark.parametrize("stop", [1, 4, 5])
+@pytest.mark.parametrize(("kind", "stop", "batches"), [("llama", 4, 1), ("t5", 5, 1), ("bert", 1, 1), ("bert", 4, 2)])
 def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one_to_the_bit(
-    kind: str, stop: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, stop: int, batches: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = warm_up(tmp_path / "whole", kind)
+    plan = OptimiserConfig(
+        steps=6, learning_rate=0.5, warmup_steps=1, batch_tokens=400, window=8, batches_per_step=batches
+    )
+    whole = warm_up(tmp_path / "whole", kind, optimiser=plan)
     step = warmup_module._Warmup._step
 
     def interrupt(self: Any, *args: Any) -> Any:
@@ -117,8 +121,8 @@ def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one_to_the_bit(
     with monkeypatch.context() as patch:
         patch.setattr(warmup_module._Warmup, "_step", interrupt)
         with pytest.raises(WarmupError, match="--resume"):
-            warm_up(tmp_path / "cut", kind)
-    resumed = warm_up(tmp_path / "cut", kind, resume=True)
+            warm_up(tmp_path / "cut", kind, optimiser=plan)
+    resumed = warm_up(tmp_path / "cut", kind, resume=True, optimiser=plan)
     assert (resumed.folder / "tags.safetensors").read_bytes() == (whole.folder / "tags.safetensors").read_bytes()
     assert (tmp_path / "cut/metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
     assert (tmp_path / "cut/checkpoint.safetensors").read_bytes() == (
@@ -221,9 +225,62 @@ def test_whole_names_can_be_warmed_up_and_scored(kind: str, tmp_path: Path) -> N
     result = warm_up(tmp_path / "run", kind, answers="names")
     loaded = MarkupModel.from_tags(result.folder, tiny_backbone(kind))
     assert loaded.answers == "names"
-    labels = [f"label number {i}" for i in range(40)]
-    [answer] = loaded.classify(["when"], labels)
-    assert sum(answer.probabilities.values()) == pytest.approx(1)
+    labels = [f"{a}{b}" for a in "abcdef" for b in "vwxyz"]  # more than there are symbols
+    for model in (loaded, MarkupModel(tiny_backbone(kind), "markup")):
+        [answer] = model.classify(["when"], labels)
+        assert list(answer.probabilities) == labels
+        assert sum(answer.probabilities.values()) == pytest.approx(1)
+
+
+def test_little_is_padded_and_the_summary_says_how_much(tmp_path: Path) -> None:
+    plan = OptimiserConfig(steps=12, batch_tokens=900, window=96)
+    result = warm_up(tmp_path / "run", optimiser=plan)
+    assert 0 <= result.summary["padding"] < 0.10
+
+
+def test_two_processes_give_the_tags_of_one(tmp_path: Path) -> None:
+    source = tiny_backbone("bert")
+    source.model.save_pretrained(tmp_path / "model")
+    source.tokenizer.save_pretrained(tmp_path / "model")
+    lines = [json.dumps({"text": e.text, "label": e.label}) for e in tiny_task().split("train")]
+    (tmp_path / "task.jsonl").write_text("\n".join(lines))
+    config = {
+        "tasks": [{"path": str(tmp_path / "task.jsonl")}],
+        "backbone": {"name": str(tmp_path / "model"), "device": "cpu", "precision": "none"},
+        "episodes": {"n_way": [2, 3], "k_shot": [0, 1]},
+        "optimiser": {"steps": 4, "batch_tokens": 300, "window": 12, "batches_per_step": 2},
+    }
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    rows = []
+    for processes in (1, 2):
+        launch = ["accelerate.commands.launch", "--cpu", "--num_machines", "1", "--num_processes", str(processes)]
+        launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+        command = ["-m", "icl_markup.cli", "warmup", str(tmp_path / "config.yaml")]
+        done = subprocess.run(
+            [sys.executable, "-m", *launch, *command, "--output", str(tmp_path / f"run{processes}")],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        rows.append(MarkupModel.from_tags(tmp_path / f"run{processes}" / "tags").table.rows.detach())
+    assert torch.allclose(rows[0], rows[1], atol=1e-5)
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def poisoned(self: Any, *_args: Any) -> float:
+        return float("inf")
+
+    monkeypatch.setattr("accelerate.Accelerator.clip_grad_norm_", poisoned)
+    with pytest.raises(WarmupError, match="gradient's norm became inf"):
+        warm_up(tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["steps", "batches_per_step", "window", "batch_tokens"])
+def test_a_plan_that_would_never_end_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name}: 0 is not above zero"):
+        OptimiserConfig(**{name: 0})
 
 
 def test_gradient_accumulation_gives_the_gradient_of_one_large_batch(tmp_path: Path) -> None:
