@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(predict)
     _add_episode(predict)
     predict.add_argument("--file", help="a file with a text a line; - or nothing: standard input")
-    predict.add_argument("--batch-tokens", type=int, default=8192, help="most tokens of one forward pass")
+    predict.add_argument("--batch-tokens", type=int, default=2048, help="most tokens of one forward pass")
     predict.add_argument("texts", nargs="*", help="the texts; write -- before the first")
     predict.set_defaults(run=_predict)
 
@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
 
     quickstart = commands.add_parser("quickstart", help="warm up and measure on the embedded default")
     quickstart.add_argument("--output", default="runs/quickstart", help="the folder for the run")
-    quickstart.add_argument("--episodes", type=int, default=150, help="episodes an unseen task")
+    quickstart.add_argument("--episodes", type=int, default=80, help="episodes an unseen task")
     quickstart.add_argument("--steps", type=int, help="warm-up steps, instead of the default's")
     quickstart.add_argument("--rows", help="a JSONL file to append the rows of the table to")
     quickstart.set_defaults(run=_quickstart)

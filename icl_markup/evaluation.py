@@ -67,7 +67,7 @@ def draw_episodes(
     return [sampler.episode(0, position) for position in range(episodes)]
 
 
-def answer_queries(model: MarkupModel, episodes: Sequence[Episode], batch_tokens: int = 8192) -> Answers:
+def answer_queries(model: MarkupModel, episodes: Sequence[Episode], batch_tokens: int = 2048) -> Answers:
     """Answer every query of every episode.
 
     Raises:

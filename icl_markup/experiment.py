@@ -84,7 +84,7 @@ class ExperimentConfig:
     answers: Literal["symbols", "names"] = "symbols"
     """For plain and tags_untrained: read option symbols, or score whole label names; tags bring theirs along."""
 
-    batch_tokens: int = 8192
+    batch_tokens: int = 2048
     """The most tokens of one forward pass, padding included."""
 
 

@@ -169,7 +169,7 @@ class MarkupModel:
         return 0 if pad is None else int(pad)
 
     @torch.inference_mode()
-    def scores(self, episodes: Sequence[Episode], batch_tokens: int = 8192) -> list[list[QueryScores]]:
+    def scores(self, episodes: Sequence[Episode], batch_tokens: int = 2048) -> list[list[QueryScores]]:
         """Score the options of every query of every episode; each query gets a prompt of its own.
 
         Episodes with more options than the tokenizer has symbols are scored by their options' whole names.
@@ -219,7 +219,7 @@ class MarkupModel:
         *,
         none_of_the_above: bool = False,
         task_description: str = "",
-        batch_tokens: int = 8192,
+        batch_tokens: int = 2048,
     ) -> list[Prediction]:
         """Classify texts, given label names and, optionally, demonstrations; nothing is trained.
 
@@ -246,7 +246,7 @@ class MarkupModel:
         asked = Episode(episode.options, episode.demos, queries, "", task_description)
         return self.predictions(asked, batch_tokens)
 
-    def predictions(self, episode: Episode, batch_tokens: int = 8192) -> list[Prediction]:
+    def predictions(self, episode: Episode, batch_tokens: int = 2048) -> list[Prediction]:
         """Answer every query of an episode, one `Prediction` each; errors as in `classify`."""
         names = [option.name for option in episode.options]
         answers = []

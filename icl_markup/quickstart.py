@@ -33,7 +33,7 @@ N_WAY, K_SHOT = 5, 1
 
 
 def run_quickstart(
-    folder: Path, *, episodes: int = 150, overrides: tuple[str, ...] = (), rows: Path | None = None
+    folder: Path, *, episodes: int = 80, overrides: tuple[str, ...] = (), rows: Path | None = None
 ) -> None:
     """Warm tags up, compare them with plain words, and say how to use them.
 
