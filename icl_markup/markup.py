@@ -83,7 +83,8 @@ class Markup:
         caps: list[int | None] = [None] * len(texts)
         prompt = self._assemble(episode, caps)
         # A whole name takes the slot's place (masked) or follows it (causal); room for the longest is kept free.
-        reserve = max(len(self.name_ids(o.name)) + 1 for o in episode.options) if self.answers == "names" else 0
+        spaced = prompt.slots[-1].spaced
+        reserve = max(len(self.name_ids(o.name, spaced)) for o in episode.options) if self.answers == "names" else 0
         limit = self.max_length - reserve
         if len(prompt.ids) <= limit:
             return prompt
