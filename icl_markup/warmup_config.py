@@ -36,7 +36,7 @@ class OptimiserConfig:
     batch_tokens: int = 4096
     """The most tokens of one forward pass, padding included."""
 
-    window: int = 128
+    window: int = 256
     """Episodes that are sorted by length together: more of them mean less padding."""
 
     batches_per_step: int = 1
