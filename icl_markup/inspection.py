@@ -34,7 +34,7 @@ def prompt_rows(model: MarkupModel, prompt: Prompt) -> list[tuple[str, str, str]
         names = {model.table.ids(tag.name)[0]: tag.name for tag in model.table.tags}
     rows = []
     for piece in prompt.pieces:
-        text = names[piece.ids[0]] if piece.kind == "tag" else "".join(_tokens(model, piece.ids))
+        text = names[piece.ids[0]] if piece.kind == "tag" else " ".join(_tokens(model, piece.ids))
         rows.append((piece.kind, text, " ".join(map(str, piece.ids))))
     return rows
 

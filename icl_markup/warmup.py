@@ -225,8 +225,10 @@ class _Warmup:
                 if not self.validation_tasks:
                     self.best, state.best_step = self.table.rows.detach().clone(), state.step
                 self._log({"step": state.step, **metrics})
-                best = {"best": f"{state.best_accuracy:.3f}"} if self.validation_tasks else {}
-                bar.set_postfix(loss=f"{metrics['loss']:.3f}", **best, refresh=False)
+                shown = {"loss": f"{metrics['loss']:.3f}"}
+                if self.validation_tasks:
+                    shown["best"] = f"{state.best_accuracy:.3f}"
+                bar.set_postfix(shown, refresh=False)
                 bar.update()
                 last = state.step == plan.steps
                 if state.step % self.config.validation.every == 0 or last:
