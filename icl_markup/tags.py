@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from icl_markup.errors import PromptError
 
@@ -127,7 +128,8 @@ def substituted(embedding: nn.Module, table: TagTable) -> Iterator[None]:
         ids = pending.pop()
         is_tag = table.spans(ids)
         index = (ids - table.first_id).clamp(0, table.rows.shape[0] - 1)
-        rows = table.rows[index].to(output.dtype)
+        # An embedding, as the gradient of indexing adds up in an order that varies between runs on several threads.
+        rows = F.embedding(index, table.rows).to(output.dtype)
         return torch.where(is_tag.unsqueeze(-1), rows, output)
 
     before = embedding.register_forward_pre_hook(replace_ids, with_kwargs=True)

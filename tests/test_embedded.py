@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from icl_markup.backbone import Backbone, BackboneConfig
 from icl_markup.cli import main
-from icl_markup.embedded import resolve, sample_folders
+from icl_markup.config import load_config
+from icl_markup.embedded import quickstart_config, resolve, sample_folders
+from icl_markup.episodes import EpisodeConfig
 from icl_markup.evaluation import answer_queries, draw_episodes
 from icl_markup.model import MarkupModel
 from icl_markup.readers import read_task
+from icl_markup.warmup import run_warmup
+from icl_markup.warmup_config import WarmupConfig
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -81,3 +87,22 @@ def test_the_quickstart_prints_a_table_a_file_and_a_command_that_works(
     assert main([*arguments, "When do you close on Sundays?"]) == 0
     assert json.loads(capsys.readouterr().out)["label"] in ("lost card", "opening hours")
     assert main(["quickstart", "--steps", "3", "--episodes", "6"]) == 0  # a second run replaces the first
+
+
+def test_equal_runs_on_several_threads_give_equal_bytes(tmp_path: Path, embedded: Backbone) -> None:
+    tags = []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for name in ("one", "two"):
+            config = load_config(WarmupConfig, quickstart_config(), ["--output", str(tmp_path / name)])
+            config = replace(
+                config, optimiser=replace(config.optimiser, steps=4), episodes=EpisodeConfig(queries=(4, 4))
+            )
+            result = run_warmup(
+                config, tasks=[read_task(sample_folders("warmup")[0])], backbone=embedded, progress=False
+            )
+            tags.append((result.folder / "tags.safetensors").read_bytes())
+    finally:
+        torch.set_num_threads(threads)
+    assert tags[0] == tags[1]
