@@ -20,6 +20,7 @@ from icl_markup.batching import Batch
 from icl_markup.errors import BackboneError
 from icl_markup.layout import Kind, Layout
 from icl_markup.loading import DTYPES, BackboneConfig, checkpoint_gradients, length_limit, load_pretrained
+from icl_markup.segments import HEAD, encoder_layers, local_layers, longest_prompt, segment_attention
 from icl_markup.tags import TagTable, substituted
 from icl_markup.text import TextEncoder
 
@@ -37,6 +38,12 @@ class Backbone:
         layout: what stands around a prompt.
         embedding: the module whose calls turn ids into vectors; in a sequence-to-sequence model the encoder's.
         max_length: the longest prompt in tokens.
+        local_layers: how many lower layers read a prompt segment by segment (`icl_markup.segments`); 0: none. Where
+            there are any, queries in one prompt do not see each other.
+
+    Raises:
+        BackboneError: the model has no output head, logits at its slots are not those of the model itself, or its
+            configuration asks for segment-local attention that it is not capable of.
     """
 
     def __init__(
@@ -64,8 +71,14 @@ class Backbone:
         self._head = model.get_output_embeddings()
         if self._head is None:
             raise BackboneError(f"{type(model).__name__} has no output head that can be read")
-        self.max_length = max_length or length_limit(model, tokenizer)
+        self.local_layers = local_layers(model) if kind == "masked" else 0
+        limit = longest_prompt(model) if self.local_layers else None
+        self.max_length = max_length or limit or length_limit(model, tokenizer)
+        if self.local_layers:
+            encoder_layers(model)
         self._check_head()
+        if self.local_layers:
+            self._check_segments()
 
     @classmethod
     def load(cls, config: BackboneConfig | str = "embedded") -> Backbone:
@@ -161,9 +174,14 @@ class Backbone:
         if self.kind != "masked":
             inputs["use_cache"] = False
         tags = substituted(self.embedding, table) if table is not None else nullcontext()
-        with tags, self._head_bypassed() as kept, self.autocast():
-            self.model(**inputs)
+        with tags, self._head_bypassed() as kept, self.autocast(), self._segments(batch) as more:
+            self.model(**inputs, **more)
         return kept[0][batch.rows.to(self.device), batch.positions.to(self.device)]
+
+    def _segments(self, batch: Batch) -> AbstractContextManager[dict[str, Tensor]]:
+        if not self.local_layers or batch.segments is None:
+            return nullcontext({})
+        return segment_attention(self.model, batch.segments.to(self.device))
 
     def _decoder_ids(self, batch: Batch) -> Tensor:
         start = self.model.config.decoder_start_token_id
@@ -223,4 +241,27 @@ class Backbone:
             raise BackboneError(
                 f"{type(self.model).__name__}: logits computed for single candidates differ from the model's own by "
                 f"{(ours - full).abs().max():.3g}; this architecture changes logits after its head in an unknown way"
+            )
+
+    @torch.no_grad()
+    def _check_segments(self) -> None:
+        """Swap segments before a query on a short input; refuse a model whose answer depends on where they stand."""
+        encode, query = self.encoder.encode, [*self.encoder.encode(" a"), self.layout.mask_id]
+        head = [*self.layout.prefix, *encode(" b")]
+        others = [(1, encode(" c d e")), (2, encode(" f"))]
+        ids, segments = [], []
+        for middle in (others, [*reversed(others), (-2, encode(" g h"))]):
+            parts = [(HEAD, head), *middle, (-1, query), (HEAD, list(self.layout.suffix))]
+            ids.append([i for _, part in parts for i in part])
+            segments.append([number for number, part in parts for _ in part])
+        slots = [(row, line.index(self.layout.mask_id)) for row, line in enumerate(ids)]
+        tokens = self.vocabulary[:26].cpu().expand(2, -1)
+        first, second = self.candidate_logits(Batch.of_ids(ids, slots, tokens, segments=segments)).cpu()
+        exact = self.precision == "none" and self._head.weight.dtype == torch.float32
+        scale = first.abs().max().clamp(min=1.0)
+        if not torch.allclose(first / scale, second / scale, atol=1e-4 if exact else 0.05):
+            raise BackboneError(
+                f"{type(self.model).__name__}: icl_markup.local_layers in the model's config.json makes the order of "
+                f"segments matter, by {(first - second).abs().max():.3g} in the logits; positions of this architecture "
+                "are not those of its position embeddings alone"
             )

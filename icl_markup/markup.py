@@ -17,6 +17,7 @@ from icl_markup.episodes import Episode, Query
 from icl_markup.errors import PromptError
 from icl_markup.layout import Layout
 from icl_markup.prompt import Piece, Prompt, Slot
+from icl_markup.segments import HEAD
 from icl_markup.tags import TagTable
 from icl_markup.template import Node, Template
 from icl_markup.text import TextEncoder, is_encodable
@@ -78,14 +79,10 @@ class Markup:
             PromptError: a text is empty, the kind takes one query a prompt, there are more options than
                 symbols, or the prompt does not fit even without demonstrations.
         """
-        self._check(episode)
+        self.check(episode)
         texts = [self._text_ids(demo.text) for demo in episode.demos]
-        caps: list[int | None] = [None] * len(texts)
-        prompt = self._assemble(episode, caps)
-        # A whole name takes the slot's place (masked) or follows it (causal); room for the longest is kept free.
-        spaced = prompt.slots[-1].spaced
-        reserve = max(len(self.name_ids(o.name, spaced)) for o in episode.options) if self.answers == "names" else 0
-        limit = self.max_length - reserve
+        prompt = self._assemble(episode, [None] * len(texts))
+        limit = self.max_length - self._reserve(episode, prompt)
         if len(prompt.ids) <= limit:
             return prompt
         fixed = len(prompt.ids) - sum(map(len, texts))
@@ -104,12 +101,22 @@ class Markup:
                 )
             kept.remove(_next_to_drop(episode, kept))
         shorter = replace(episode, demos=tuple(episode.demos[i] for i in kept))
-        caps = [cap if len(texts[i]) > cap else None for i in kept]
+        caps: list[int | None] = [cap if len(texts[i]) > cap else None for i in kept]
         return replace(
             self._assemble(shorter, caps),
             shortened=sum(c is not None for c in caps),
             dropped=len(texts) - len(kept),
         )
+
+    def compose_whole(self, episode: Episode) -> Prompt | None:
+        """Compose one prompt that holds every query and every demonstration whole, or return None if it is too long.
+
+        Where whole names answer, there is room for the longest at every slot. Errors are those of `compose`.
+        """
+        self.check(episode)
+        prompt = self._assemble(episode, [None] * len(episode.demos))
+        length = len(prompt.ids) + len(prompt.slots) * self._reserve(episode, prompt)
+        return prompt if length <= self.max_length else None
 
     def compose_each(self, episode: Episode) -> list[Prompt]:
         """Compose the queries of `episode`: in one prompt where the kind allows several, else in one each."""
@@ -132,7 +139,12 @@ class Markup:
         """The number of options that the symbols suffice for; None where whole names answer."""
         return None if self.answers == "names" or self._symbols is None else len(self._symbols.ids)
 
-    def _check(self, episode: Episode) -> None:
+    def check(self, episode: Episode) -> None:
+        """Look for defects of an episode that no prompt can be composed of.
+
+        Raises:
+            PromptError: as in `compose`, all but the last; the message says which text it is.
+        """
         if len(episode.options) < 2:
             raise PromptError(f"{len(episode.options)} option(s); a prompt needs two or more")
         if not episode.queries:
@@ -154,6 +166,12 @@ class Markup:
             if not 0 <= demo.answer < len(episode.options):
                 raise PromptError(f"demonstration {i} answers option {demo.answer} of {len(episode.options)}")
 
+    def _reserve(self, episode: Episode, prompt: Prompt) -> int:
+        """Return the room to keep for a whole name: it takes the slot's place (masked) or follows it (causal)."""
+        if self.answers == "symbols":
+            return 0
+        return max(len(self.name_ids(option.name, prompt.slots[-1].spaced)) for option in episode.options)
+
     def _text_ids(self, text: str) -> tuple[int, ...]:
         """Encode a demonstration's text as the template writes it, with a space before it or without."""
         return self._encode(f" {text.strip()}" if self._spaced_text else text.strip())
@@ -172,13 +190,18 @@ class Markup:
         template = self.template
         out.section(template.head, {"task": episode.task_description})
         for i, option in enumerate(episode.options):
+            out.begin(i + 1)
             out.section(
                 template.option, {"name": option.name, "description": option.description or option.name}, option=i
             )
         for demo, cap in zip(episode.demos, caps, strict=True):
+            out.begin(out.segment + 1)
             out.section(template.demo, {"text": demo.text}, option=demo.answer, cap=cap)
-        for query in episode.queries:
+        for number, query in enumerate(episode.queries, start=1):
+            out.begin(-number)
             out.section(template.query, {"text": query.text}, query=query)
+        # The tail is every query's, and not only the last one's.
+        out.begin(HEAD)
         if not self.layout.stops_at_slot:
             out.section(template.tail, {"task": episode.task_description})
         return out.finish()
@@ -216,14 +239,19 @@ class _Assembly:
         self.pieces: list[Piece] = []
         self.slots: list[Slot] = []
         self.length = 0
+        self.segment = HEAD
         self.space = False
         self.stopped = False
         self._add("special", markup.layout.prefix)
 
     def _add(self, kind: str, ids: Sequence[int]) -> None:
         if ids:
-            self.pieces.append(Piece(kind, tuple(ids)))
+            self.pieces.append(Piece(kind, tuple(ids), self.segment))
             self.length += len(ids)
+
+    def begin(self, segment: int) -> None:
+        """Begin a segment; no space is left over from the one before, or its tokens would depend on it."""
+        self.segment, self.space = segment, False
 
     def section(
         self,
@@ -272,12 +300,16 @@ class _Assembly:
         else:
             self._value(str(option + 1), None)
 
-    def _symbol(self, symbol: int, kind: str = "symbol") -> None:
+    def _symbol(self, symbol: int) -> None:
+        self._space_before_symbol()
+        self._add("symbol", (symbol,))
+
+    def _space_before_symbol(self) -> None:
+        """Write a space of its own where the symbols' tokens have none in them."""
         symbols = self.markup._symbols
         if symbols is not None and not symbols.spaced and self.space and self.markup.encoder.marks_spaces:
             self._add("text", self.markup._encode(" "))
         self.space = False
-        self._add(kind, (symbol,))
 
     def _answer(self, option: int | None) -> None:
         """Write a demonstration's label; in a causal model its first token is predicted one position before."""
@@ -295,9 +327,8 @@ class _Assembly:
         layout = self.markup.layout
         names, spaced = self.markup.answers == "names", self.space
         candidates = () if names else self.markup.option_symbols(len(self.episode.options))
-        symbols = self.markup._symbols
-        if not names and symbols is not None and not symbols.spaced and self.markup.encoder.marks_spaces and self.space:
-            self._add("text", self.markup._encode(" "))
+        if not names:
+            self._space_before_symbol()
         self.space = False
         if layout.stops_at_slot:
             self.stopped = True

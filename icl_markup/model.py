@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from icl_markup.backbone import Backbone
-from icl_markup.batching import Batch, cut_by_length
+from icl_markup.batching import Batch
 from icl_markup.episodes import Demo, Episode, Option, Query
 from icl_markup.errors import PromptError, nearest
 from icl_markup.loading import BackboneConfig
 from icl_markup.markup import Answers, Markup
 from icl_markup.names import name_scores
 from icl_markup.prompt import Prompt
+from icl_markup.scoring import QueryScores, score_queries
 from icl_markup.tags import Initialisation, Tag, TagTable, initial_rows
 from icl_markup.tasks import NONE_OF_THE_ABOVE
 from icl_markup.template import Template
@@ -40,22 +41,6 @@ class Prediction:
     probabilities: dict[str, float]
     shortened: int = 0
     dropped: int = 0
-
-
-@dataclass(frozen=True)
-class QueryScores:
-    """The scores of one query's options.
-
-    Attributes:
-        scores: shape (options,), fp32, on the CPU: logits of the options' symbols, or log-probabilities of their
-            names; a softmax over them gives probabilities.
-        shortened: demonstrations that were shortened to fit.
-        dropped: demonstrations that were left out.
-    """
-
-    scores: Tensor
-    shortened: int
-    dropped: int
 
 
 class MarkupModel:
@@ -170,7 +155,7 @@ class MarkupModel:
 
     @torch.inference_mode()
     def scores(self, episodes: Sequence[Episode], batch_tokens: int = 2048) -> list[list[QueryScores]]:
-        """Score the options of every query of every episode; each query gets a prompt of its own.
+        """Score the options of every query of every episode, as if each had a prompt of its own.
 
         Episodes with more options than the tokenizer has symbols are scored by their options' whole names.
 
@@ -184,32 +169,14 @@ class MarkupModel:
         Raises:
             PromptError: a prompt cannot be composed.
         """
-        singles = [
-            Episode(e.options, e.demos, (query,), e.task, e.task_description) for e in episodes for query in e.queries
-        ]
         most = self.markup.most_options
-        many = [most is not None and len(single.options) > most for single in singles]
-        found: dict[int, QueryScores] = {}
+        many = [most is not None and len(episode.options) > most for episode in episodes]
+        found: dict[bool, Iterator[list[QueryScores]]] = {}
         for named in sorted(set(many)):
             markup = self._markup_for("names") if named else self.markup
-            self._score(markup, {i: s for i, s in enumerate(singles) if many[i] == named}, batch_tokens, found)
-        flat = (found[i] for i in range(len(singles)))
-        return [[next(flat) for _ in e.queries] for e in episodes]
-
-    def _score(
-        self, markup: Markup, singles: dict[int, Episode], batch_tokens: int, found: dict[int, QueryScores]
-    ) -> None:
-        """Score episodes of one query each, by index, into `found`."""
-        prompts = {i: markup.compose(single) for i, single in singles.items()}
-        # Names are scored in as many copies of a prompt as there are options.
-        copies = {i: len(single.options) if markup.answers == "names" else 1 for i, single in singles.items()}
-        order = list(singles)
-        for group in cut_by_length([len(prompts[i].ids) * copies[i] for i in order], batch_tokens):
-            indices = [order[g] for g in group]
-            terms = self.loss_terms([prompts[i] for i in indices], [singles[i] for i in indices], False, markup)
-            for row, i in zip(terms.scores.cpu(), indices, strict=True):
-                prompt = prompts[i]
-                found[i] = QueryScores(row[: len(singles[i].options)], prompt.shortened, prompt.dropped)
+            part = [episode for episode, is_named in zip(episodes, many, strict=True) if is_named == named]
+            found[named] = iter(score_queries(self, markup, part, batch_tokens))
+        return [next(found[named]) for named in many]
 
     def classify(
         self,

@@ -8,10 +8,15 @@ from typing import NamedTuple
 
 
 class Piece(NamedTuple):
-    """Consecutive ids of one origin: special, tag, text (of the template), value (of a user), symbol or slot."""
+    """Consecutive ids of one origin: special, tag, text (of the template), value (of a user), symbol or slot.
+
+    `segment` says which part of the prompt they belong to: 0 the head, the tail and special tokens, 1, 2, … options
+    and demonstrations, -1, -2, … queries.
+    """
 
     kind: str
     ids: tuple[int, ...]
+    segment: int = 0
 
 
 @dataclass(frozen=True)
@@ -47,3 +52,8 @@ class Prompt:
     def ids(self) -> tuple[int, ...]:
         """All ids, tags' ids among them (those lie beyond the vocabulary's rows)."""
         return tuple(i for piece in self.pieces for i in piece.ids)
+
+    @cached_property
+    def segments(self) -> tuple[int, ...]:
+        """The segment of each id."""
+        return tuple(piece.segment for piece in self.pieces for _ in piece.ids)

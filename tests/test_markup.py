@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
+from itertools import groupby
 from typing import Any
 
 import pytest
@@ -49,6 +50,10 @@ def ids_of(prompt: Prompt, *kinds: str) -> list[int]:
 
 def values_of(prompt: Prompt) -> list[tuple[int, ...]]:
     return [piece.ids for piece in prompt.pieces if piece.kind == "value"]
+
+
+def segment_of(prompt: Prompt, segment: int) -> list[tuple[int, ...]]:
+    return [piece.ids for piece in prompt.pieces if piece.segment == segment]
 
 
 def tag_ids_the_template_says(markup: Markup, episode: Episode) -> list[int]:
@@ -99,6 +104,55 @@ def test_each_query_of_a_masked_prompt_has_one_mask_at_its_slot(kind: str, templ
     first, second = (i for i, token in enumerate(prompt.ids) if token == markup.layout.mask_id)
     assert [(s.position, s.answer, s.is_query) for s in prompt.slots] == [(first, 2, True), (second, None, True)]
     assert markup.compose_each(episode) == [prompt]
+
+
+@pytest.mark.parametrize("answers", ["symbols", "names"])
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+@settings(FAST, max_examples=30)
+@given(data=st.data())
+def test_every_part_of_a_prompt_is_a_segment_and_the_same_wherever_it_stands(
+    kind: str, answers: str, data: st.DataObject
+) -> None:
+    source = MARKUP.source.replace("@option", "of {task}\n@option").replace("{name}", "{name} {description}")
+    markup = composer(kind, Template.parse(source + "@tail\n<demo> {task}\n"), answers=answers)
+    episode = data.draw(adversarial_episodes(most_queries=3))
+    episode = replace(episode, task_description=data.draw(st.sampled_from(["", " ", "a bank"])))
+    prompt = markup.compose(episode)
+    parts = [number for number, _ in groupby(prompt.segments)]
+    queries = [-1 - i for i in range(len(episode.queries))]
+    assert parts == [*range(1 + len(episode.options) + len(episode.demos)), *queries, 0]
+    assert len(prompt.segments) == len(prompt.ids)
+    assert [prompt.segments[slot.position] for slot in prompt.slots] == queries
+    for number, query in zip(queries, episode.queries, strict=True):
+        single = markup.compose(replace(episode, queries=(query,)))
+        assert segment_of(single, -1) == segment_of(prompt, number)
+        assert segment_of(single, 0) == segment_of(prompt, 0)
+    # Apart from its letter, the last option is written like the first.
+    option = episode.options[0]._replace(description=data.draw(st.sampled_from(["", "  ", "a card"])))
+    doubled = markup.compose(replace(episode, options=(option, *episode.options, option)))
+    assert segment_of(doubled, 1)[1:] == segment_of(doubled, 2 + len(episode.options))[1:]
+
+
+@pytest.mark.parametrize("answers", ["symbols", "names"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prompt_is_composed_whole_where_nothing_need_give_way(kind: str, answers: str) -> None:
+    episode = an_episode(["card " * 20, "are you open", "this is awful"])
+    roomy = composer(kind, answers=answers)
+    length = len(roomy.compose(episode).ids)
+    room = max(len(roomy.name_ids(name)) for name in NAMES) if answers == "names" else 0
+    for limit in range(length - 9, length + room + 3):
+        markup = composer(kind, answers=answers, max_length=limit)
+        prompt = markup.compose(episode)
+        gave_way = prompt.shortened + prompt.dropped > 0
+        assert gave_way == (limit < length + room)
+        assert markup.compose_whole(episode) == (None if gave_way else prompt)
+    if roomy.layout.many_queries:
+        both = replace(episode, queries=(*episode.queries, Query("where")))
+        length = len(roomy.compose(both).ids) + 2 * room
+        assert composer(kind, answers=answers, max_length=length).compose_whole(both) == roomy.compose(both)
+        assert composer(kind, answers=answers, max_length=length - 1).compose_whole(both) is None
+    with pytest.raises(PromptError, match="query 0 has an empty text"):
+        roomy.compose_whole(replace(episode, queries=(Query(" "),)))
 
 
 @pytest.mark.parametrize("template", ["markup", "plain_seen_01", "plain_seen_02", "plain_seen_06", "plain_heldout_05"])

@@ -1,0 +1,182 @@
+"""Segment-local attention: the lower layers of a masked backbone read each part of a prompt by itself.
+
+An encoder of sentences represents a text well when it reads that text alone. In a prompt of many texts full
+attention mixes them, and the positions of the later ones are ones that it hardly knows. Where a model's
+configuration says ``icl_markup: {"local_layers": n}``, its first n layers attend within a segment (an option, a
+demonstration or a query) and to the prompt's head; the layers above also attend to every option and demonstration.
+Positions begin anew in each segment. Nothing attends to a query but that query, so that queries in one prompt
+do not see each other, and the order of options and demonstrations has no influence. The same idea, with parallel
+windows in a causal model: Ratner et al. 2023 (arXiv 2212.10947).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from icl_markup.errors import BackboneError, nearest
+
+HEAD = 0
+"""The segment of what every token sees: special tokens, the template's head and its tail. Options and demonstrations
+are numbered upwards from 1, queries downwards from -1."""
+
+PADDING = -(2**31)
+"""The segment of padding, which nothing sees."""
+
+_SETTINGS = {"local_layers": 0, "max_length": 2048}
+"""What ``icl_markup`` in a model's configuration may say, with the defaults."""
+
+
+def local_layers(model: PreTrainedModel) -> int:
+    """Return how many lower layers read segment by segment, as the model's configuration says; 0: none.
+
+    Raises:
+        BackboneError: the configuration says something that cannot be.
+    """
+    count = _setting(model, "local_layers", least=0)
+    layers = getattr(model.config, "num_hidden_layers", None)
+    if layers is not None and count > layers:
+        raise BackboneError(
+            f"icl_markup.local_layers in the model's config.json is {count}, but it has {layers} layers"
+        )
+    return count
+
+
+def longest_prompt(model: PreTrainedModel) -> int | None:
+    """Return the longest prompt in tokens of a model that numbers positions by segment; None for other models.
+
+    Raises:
+        BackboneError: the configuration says something that cannot be.
+    """
+    return _setting(model, "max_length", least=1) if local_layers(model) else None
+
+
+def _setting(model: PreTrainedModel, key: str, least: int) -> int:
+    where = "in the model's config.json"
+    settings = getattr(model.config, "icl_markup", {})
+    if not isinstance(settings, dict):
+        raise BackboneError(f'icl_markup {where} is {settings!r}; it must be a mapping such as {{"local_layers": 4}}')
+    for name in settings:
+        if name not in _SETTINGS:
+            known = ", ".join(_SETTINGS)
+            hint = nearest(str(name), _SETTINGS)
+            raise BackboneError(f"icl_markup {where} has an unknown key {name!r}{hint}; it may have {known}")
+    value = settings.get(key, _SETTINGS[key])
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise BackboneError(f"icl_markup.{key} {where} is {value!r}; it must be a whole number of at least {least}")
+    return value
+
+
+def position_ids(segments: Tensor, limit: int) -> Tensor:
+    """Number the positions of each segment from the head's length on.
+
+    Args:
+        segments: the segment of each token, shape (prompts, longest).
+        limit: the number of position embeddings; what lies beyond in a segment shares the last.
+
+    Returns:
+        int64, the same shape.
+    """
+    index = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
+    begins = torch.ones_like(segments, dtype=torch.bool)
+    begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    start = torch.where(begins, index, 0).cummax(dim=1).values
+    in_head = (start == 0) & (segments == HEAD)
+    head = in_head.sum(dim=1, keepdim=True)
+    return (index - start + torch.where(in_head, 0, head)).clamp(max=limit - 1)
+
+
+def visible(segments: Tensor) -> tuple[Tensor, Tensor]:
+    """Return which token sees which in local and in global layers: bool, each (prompts, 1, longest, longest)."""
+    seeing, seen = segments[:, None, :, None], segments[:, None, None, :]
+    same = seeing == seen
+    return same | (seen == HEAD), same | (seen >= HEAD)
+
+
+@contextmanager
+def segment_attention(model: PreTrainedModel, segments: Tensor) -> Iterator[dict[str, Tensor]]:
+    """While active, a call of `model` attends by segments; yields the further inputs that the call needs.
+
+    Args:
+        model: a masked model whose layers take an attention mask.
+        segments: the segment of each token, shape (prompts, longest).
+
+    Raises:
+        BackboneError: the model cannot attend by segments (see `encoder_layers`), or its layers recompute their
+            activations in a way that would lose the mask.
+    """
+    layers, positions = encoder_layers(model), _position_table(model)
+    if any(_recomputes_hooks(layer) for layer in layers):
+        raise BackboneError(
+            "gradient checkpointing of a model that reads by segments needs a newer version of transformers; update "
+            "it, or switch gradient_checkpointing off"
+        )
+    local, everywhere = visible(segments)
+    count = local_layers(model)
+    masked = [_masked(local, layers[0]), _masked(everywhere, layers[0])]
+    offset = 0 if positions.padding_idx is None else positions.padding_idx + 1  # RoBERTa counts on from there
+    more = {"position_ids": position_ids(segments, positions.num_embeddings - offset) + offset}
+    with ExitStack() as hooks:
+        for number, layer in enumerate(layers):
+            hook = masked[0] if number < count else masked[1]
+            hooks.enter_context(layer.register_forward_pre_hook(hook, with_kwargs=True))
+        yield more
+
+
+def encoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """Return the layers of an encoder.
+
+    Raises:
+        BackboneError: there is no list of layers as long as the configuration says, they take no attention mask,
+            there is no table of position embeddings, or the attention takes no mask of our own.
+    """
+    wanted = getattr(model.config, "num_hidden_layers", None)
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == wanted]
+    found = next((layers for layers in lists if "attention_mask" in _parameters(layers[0])), None)
+    if found is None or _position_table(model) is None:
+        raise BackboneError(
+            "icl_markup.local_layers in the model's config.json needs an encoder such as BERT or RoBERTa; the layers "
+            f"or position embeddings of {type(model).__name__} are not like theirs"
+        )
+    attention = getattr(model.config, "_attn_implementation", "eager")
+    if attention not in ("eager", "sdpa"):
+        raise BackboneError(f"a model that reads by segments does so with attention eager or sdpa, not {attention}")
+    return found
+
+
+def _position_table(model: PreTrainedModel) -> Any:
+    tables = (m for n, m in model.named_modules() if n.rpartition(".")[2] == "position_embeddings")
+    return next((table for table in tables if isinstance(table, nn.Embedding)), None)
+
+
+def _parameters(layer: nn.Module) -> list[str]:
+    return list(inspect.signature(layer.forward).parameters)
+
+
+def _recomputes_hooks(layer: nn.Module) -> bool:
+    """Whether the backward pass calls the layer anew, by when our hook is gone (as transformers 5.0 does)."""
+    checkpointing = layer.training and getattr(layer, "gradient_checkpointing", False)
+    return bool(checkpointing) and type(layer).__call__ is not nn.Module.__call__
+
+
+def _masked(mask: Tensor, layer: nn.Module) -> Callable[..., Any]:
+    """Return a hook that gives layers this mask: additive, which eager and scaled dot-product attention take."""
+    made: dict[torch.dtype, Tensor] = {}
+    place = _parameters(layer).index("attention_mask")
+
+    def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        dtype = (args[0] if args else kwargs["hidden_states"]).dtype
+        if dtype not in made:
+            zeros = torch.zeros_like(mask, dtype=dtype)
+            made[dtype] = zeros.masked_fill_(~mask, torch.finfo(dtype).min)
+        if len(args) > place:
+            return (*args[:place], made[dtype], *args[place + 1 :]), kwargs
+        return args, {**kwargs, "attention_mask": made[dtype]}
+
+    return hook
