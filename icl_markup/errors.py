@@ -38,6 +38,10 @@ class WarmupError(MarkupError):
     """A warm-up cannot start, continue or go on; what was already computed is kept on disk."""
 
 
+class EvaluationError(MarkupError):
+    """Measurements cannot give the statistic asked for: shapes differ, a value is not finite, or a class is missing."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean X?"`` for the known word nearest to `word`, or an empty string."""
     match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
