@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -82,6 +83,8 @@ def run_warmup(
     )
     set_seed(config.seed)
     tasks = tasks if tasks is not None else [read_task(source) for source in config.tasks]
+    if config.most_tasks is not None:
+        tasks = random.Random(config.seed).sample(list(tasks), min(config.most_tasks, len(tasks)))
     validation_tasks = (
         validation_tasks if validation_tasks is not None else [read_task(s) for s in config.validation_tasks]
     )
@@ -131,7 +134,7 @@ class _Warmup:
             )
         self.stream = PromptStream(
             model.markup,
-            EpisodeSampler(tasks, config.episodes, config.seed),
+            EpisodeSampler(tasks, _for_tasks(config.episodes, tasks, config.most_tasks), config.seed),
             window=plan.window,
             batch_tokens=plan.batch_tokens,
             batches_per_step=plan.batches_per_step,
@@ -194,7 +197,7 @@ class _Warmup:
                 for group, rate in zip(self.raw_optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
                     group["lr"] = rate
             if self.accelerator.is_main_process:
-                _truncate_metrics(self.out / "metrics.jsonl", self.progress.step)
+                truncate_metrics(self.out / "metrics.jsonl", self.progress.step)
         elif self.accelerator.is_main_process:
             try:
                 self.out.mkdir(parents=True, exist_ok=True)
@@ -403,13 +406,21 @@ def _assert_only_tags_train(model: MarkupModel) -> None:
         raise WarmupError(f"{trainable[0]} of the backbone requires a gradient; only tags may")
 
 
+def _for_tasks(episodes: EpisodeConfig, tasks: Sequence[Task], most: int | None) -> EpisodeConfig:
+    """Leave out the weights of tasks that were not chosen; where all are used, an unknown name stays an error."""
+    if most is None:
+        return episodes
+    names = {task.name for task in tasks}
+    return replace(episodes, task_weights={n: w for n, w in episodes.task_weights.items() if n in names})
+
+
 def _comparable(config: WarmupConfig) -> dict[str, Any]:
     """Return what of a configuration must not change when a run is resumed."""
     data = to_dict(replace(config, resume=False, output="", tracker="none", save_every=1))
     return dict(data)
 
 
-def _truncate_metrics(path: Path, step: int) -> None:
+def truncate_metrics(path: Path, step: int) -> None:
     """Drop what was logged after the checkpoint, and a line that was cut short."""
     if not path.exists():
         return

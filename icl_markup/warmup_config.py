@@ -79,6 +79,9 @@ class WarmupConfig:
     validation_tasks: list[TaskSource] = field(default_factory=list)
     """Tasks that choose the best tags; where there are none, the last tags are kept."""
 
+    most_tasks: int | None = None
+    """Warm up on only so many of the tasks, which the seed chooses; null: all."""
+
     output: str = "runs/warmup"
     """The folder for tags, checkpoints and metrics."""
 
@@ -125,4 +128,4 @@ class WarmupConfig:
     """Seeds everything random."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "save_every")
+        require_positive(self, "save_every", *(["most_tasks"] if self.most_tasks is not None else []))
