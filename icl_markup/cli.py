@@ -38,8 +38,9 @@ def _split(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         first = arguments[1:2]
         if first and first[0].startswith("-") and first[0] not in ("-h", "--help"):
             parser.error(f"{arguments[0]}: give the configuration file first, then its overrides")
-        helped = [word for word in arguments[2:] if word in ("-h", "--help")]
-        rest = [word for word in arguments[2:] if word not in ("-h", "--help")]
+        declared = ("-h", "--help", "--fast") if arguments[0] == "evaluate" else ("-h", "--help")
+        helped = [word for word in arguments[2:] if word in declared]
+        rest = [word for word in arguments[2:] if word not in declared]
         return parser.parse_args([*arguments[:2], *helped]), rest
     return parser.parse_args(arguments), []
 
@@ -54,9 +55,15 @@ def _parser() -> argparse.ArgumentParser:
     warmup.set_defaults(run=_warmup)
 
     evaluate = commands.add_parser("evaluate", help="measure methods on the same episodes", add_help=False)
-    evaluate.add_argument("config", nargs="?", help="a YAML file, such as configs/experiments/unseen.yaml")
+    evaluate.add_argument("config", nargs="?", help="a YAML file, such as configs/experiments/news.yaml")
     evaluate.add_argument("-h", "--help", action="store_true")
+    evaluate.add_argument("--fast", action="store_true")
     evaluate.set_defaults(run=_evaluate)
+
+    report = commands.add_parser("report", help="turn rows of results into a page of tables and figures")
+    report.add_argument("rows", nargs="+", help="JSONL files of rows")
+    report.add_argument("--out", default="results/README.md", help="the Markdown page; its figures go beside it")
+    report.set_defaults(run=_report)
 
     predict = commands.add_parser("predict", help="classify texts", description="Classify texts; writes JSONL.")
     _add_model(predict)
@@ -118,15 +125,23 @@ def _warmup(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _evaluate(args: argparse.Namespace, overrides: list[str]) -> None:
-    from icl_markup.experiment import ExperimentConfig, run_experiment
+    from icl_markup.experiment import load_experiment, run_experiment
+    from icl_markup.experiment_config import ExperimentConfig
     from icl_markup.report import print_rows
 
     if _helped(args, ExperimentConfig, "evaluate"):
         return
-    config = load_config(ExperimentConfig, args.config, overrides)
-    command = shlex.join(["icl-markup", "evaluate", args.config, *overrides])
+    config = load_experiment(args.config, overrides, fast=args.fast)
+    command = shlex.join(["icl-markup", "evaluate", args.config, *(["--fast"] if args.fast else []), *overrides])
     print_rows(run_experiment(config, command), config.experiment)
     print(f"rows: {config.output}")
+
+
+def _report(args: argparse.Namespace, _overrides: list[str]) -> None:
+    from icl_markup.report import write_report
+
+    command = shlex.join(["icl-markup", "report", *args.rows, *(["--out", args.out])])
+    print(f"page: {write_report([Path(path) for path in args.rows], Path(args.out), command=command)}")
 
 
 def _helped(args: argparse.Namespace, cls: type, name: str) -> bool:

@@ -58,6 +58,9 @@ class TaskSource:
     oos_label: str | None = None
     """The label that means out-of-scope, as a readable name."""
 
+    only: dict[str, list[str]] = field(default_factory=dict)
+    """Keep only the rows of a file whose value in a column is one of these; rows that have no such value stay."""
+
     with_oos: bool = True
     """Keep the out-of-scope texts; false leaves them out."""
 
@@ -151,7 +154,9 @@ def _read_rows(path: Path, source: TaskSource) -> list[Example]:
     if path.suffix not in readers:
         raise TaskError(f"{path}: unknown kind of file {path.suffix!r}; use .jsonl, .csv or .tsv")
     try:
-        return [_example(row, f"{path}:{line}", source) for line, row in readers[path.suffix](path)]
+        return [
+            _example(row, f"{path}:{line}", source) for line, row in readers[path.suffix](path) if _wanted(row, source)
+        ]
     except UnicodeDecodeError as error:
         raise TaskError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from error
 
@@ -189,6 +194,10 @@ def _csv_rows(path: Path, delimiter: str) -> Iterator[tuple[int, Mapping[str, An
             if None in row:
                 raise TaskError(f"{path}:{reader.line_num}: more fields than the header has columns; quote the text")
             yield reader.line_num, row
+
+
+def _wanted(row: Mapping[str, Any], source: TaskSource) -> bool:
+    return all(row.get(column) is None or str(row[column]) in kept for column, kept in source.only.items())
 
 
 def _example(row: Mapping[str, Any], place: str, source: TaskSource) -> Example:

@@ -6,6 +6,7 @@ import json
 import platform
 import subprocess
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -47,20 +48,29 @@ def result_row(
         "trainable_parameters": trainable_parameters,
         **more,
         "command": command,
-        "commit": commit(),
-        "versions": versions(),
-        "hardware": hardware(),
+        **provenance(),
     }
 
 
-def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Append rows to a JSONL file, making its folder."""
+def write_rows(path: Path, rows: Iterable[dict[str, Any]], *, replace: bool = False) -> None:
+    """Append rows to a JSONL file, or replace its content by them (whole or not at all), making its folder."""
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if replace:
+        part = path.with_name(path.name + ".part")
+        part.write_text(lines, encoding="utf-8")
+        part.replace(path)
+        return
     with path.open("a", encoding="utf-8") as out:
-        for row in rows:
-            out.write(json.dumps(row, ensure_ascii=False) + "\n")
+        out.write(lines)
 
 
+def provenance() -> dict[str, Any]:
+    """Return what a number was measured with: commit, versions and hardware."""
+    return {"commit": commit(), "versions": versions(), "hardware": hardware()}
+
+
+@cache
 def commit() -> str | None:
     """Return the commit of this package's checkout, marked where files differ from it; None outside one."""
     folder = Path(__file__).resolve().parent

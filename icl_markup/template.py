@@ -114,6 +114,20 @@ class Template:
         source = "\n".join(declaration.sub(lambda found: f"{found[1]} width={width}", line) for line in lines)
         return Template.parse(source + "\n", self.name)
 
+    def without_tag(self, name: str) -> Template:
+        """Return the template with a tag taken out wherever it stands.
+
+        Raises:
+            TemplateError: the template has no such tag.
+        """
+        if name not in {tag.name for tag in self.tags}:
+            raise TemplateError(
+                f"template {self.name!r} has no tag {name}{nearest(name, [tag.name for tag in self.tags])}"
+            )
+        lines = [line for line in self.source.splitlines() if not re.match(rf"\s*@tag\s+{re.escape(name)}(\s|$)", line)]
+        source = "\n".join(line if line.startswith("#") else line.replace(name, "") for line in lines)
+        return Template.parse(source + "\n", self.name)
+
     @property
     def is_plain(self) -> bool:
         """Whether the template has no tags."""

@@ -59,12 +59,17 @@ def test_warm_up_evaluate_predict_show_and_inspect(workplace: Path, capsys: pyte
 
     assert main(["evaluate", "experiment.yaml"]) == 0
     rows = [json.loads(line) for line in (workplace / "rows.jsonl").read_text().splitlines()]
-    assert len(rows) == 2 * (1 + 2 + 1 + 1 + 1)  # settings x variants, and the mean of the two wordings
-    for row in rows:
+    measured = [row for row in rows if row["kind"] == "measure"]
+    assert len(measured) == 2 * (1 + 2 + 1 + 1 + 1)  # settings x variants, and the mean of the two wordings
+    for row in measured:
         assert 0 <= row["low"] <= row["accuracy"] <= row["high"] <= 1
         assert row["command"] == "icl-markup evaluate experiment.yaml"
     assert main(["evaluate", "experiment.yaml"]) == 0
-    assert len((workplace / "rows.jsonl").read_text().splitlines()) == len(rows)  # nothing is measured twice
+    again = [json.loads(line) for line in (workplace / "rows.jsonl").read_text().splitlines()]
+    assert again == rows  # nothing is measured twice
+    assert main(["report", "rows.jsonl", "--out", "page/README.md"]) == 0
+    page = (workplace / "page" / "README.md").read_text()
+    assert "icl-markup evaluate experiment.yaml" in page and "icl-markup report rows.jsonl" in page
 
     capsys.readouterr()
     arguments = ["predict", "--tags", "run/tags", "--labels", "lost card", "weather", "--demo", "rain?", "weather"]

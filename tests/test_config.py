@@ -18,7 +18,7 @@ from icl_markup.config import describe, load_config, to_dict
 from icl_markup.embedded import quickstart_config
 from icl_markup.episodes import EpisodeConfig
 from icl_markup.errors import ConfigError
-from icl_markup.experiment import ExperimentConfig, MethodConfig, Setting
+from icl_markup.experiment_config import ExperimentConfig, MethodConfig, Setting
 from icl_markup.readers import TaskSource
 from icl_markup.warmup import OptimiserConfig, ValidationConfig, WarmupConfig
 

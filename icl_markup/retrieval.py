@@ -1,0 +1,94 @@
+"""Retrieval: for a task of many labels, each query's prompt shows the options and demonstrations nearest to it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import log_softmax
+
+from icl_markup.episodes import Episode
+from icl_markup.experiment_config import RetrievalConfig
+from icl_markup.method import EpisodeScores, Method
+from icl_markup.prompted import is_open, out_of_scope, single
+from icl_markup.sentences import SentenceEncoder
+
+TEMPERATURE = 0.05
+"""Of the softmax over similarities that gives the retriever's own probabilities."""
+
+
+@dataclass(frozen=True)
+class Retrieved:
+    """A method that sees, of a task with many labels, what a retriever chooses for each query.
+
+    A label is as near as the mean of its two nearest texts, its name among them. The nearest labels become the
+    options, most similar first; their nearest demonstrations follow, one a label first, most similar last, where a
+    causal model attends to them best (Liu et al. 2022). "none of the above", where it is offered, stays.
+
+    Attributes:
+        method: scores the prompts.
+        encoder: embeds texts.
+        config: how many options and demonstrations; the weight of the retriever's own probabilities.
+    """
+
+    method: Method
+    encoder: SentenceEncoder
+    config: RetrievalConfig
+
+    def scores(self, episodes: Sequence[Episode]) -> list[EpisodeScores]:
+        """Score every query of every episode; options that were not retrieved get -inf."""
+        return [self._one(episode) for episode in episodes]
+
+    def _one(self, episode: Episode) -> EpisodeScores:
+        labels = len(episode.options) - is_open(episode)
+        queries = self.encoder.encode([query.text for query in episode.queries])
+        demos = queries @ self.encoder.encode([demo.text for demo in episode.demos]).T if episode.demos else None
+        near = self.label_similarity(episode, queries)
+        parts, chosen = [], []
+        for i, query in enumerate(episode.queries):
+            options = np.argsort(-near[i], kind="stable")[: self.config.options].tolist()
+            shown = self._demos(episode, demos[i], options) if demos is not None else []
+            if is_open(episode):
+                options.append(labels)
+            parts.append(single(episode, query, options, [episode.demos[j] for j in shown]))
+            chosen.append(options)
+        found = self.method.scores(parts)
+        log_probs = np.full((len(episode.queries), len(episode.options)), -np.inf)
+        for i, (options, one) in enumerate(zip(chosen, found, strict=True)):
+            log_probs[i, options] = one.log_probs[0]
+        if self.config.prior:
+            prior = log_softmax(near / TEMPERATURE, axis=1)
+            none = log_probs[:, labels:]
+            log_probs[:, :labels] += self.config.prior * prior
+            log_probs = log_softmax(np.concatenate([log_probs[:, :labels], none], axis=1), axis=1)
+        scores = np.array([one.out_of_scope[0] for one in found])
+        if self.config.prior:
+            scores = out_of_scope(log_probs, episode)
+        shortened, dropped = sum(one.shortened for one in found), sum(one.dropped for one in found)
+        return EpisodeScores(log_probs, scores, shortened, dropped)
+
+    def label_similarity(self, episode: Episode, queries: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return how near each label is to each query, shape (queries, labels), "none of the above" left out."""
+        labels = len(episode.options) - is_open(episode)
+        names = self.encoder.encode([option.name for option in episode.options[:labels]])
+        texts = self.encoder.encode([demo.text for demo in episode.demos]) if episode.demos else names[:0]
+        vectors = np.concatenate([names, texts])
+        owners = np.array([*range(labels), *(demo.answer for demo in episode.demos)])
+        similarity = queries @ vectors.T
+        near = np.empty((len(queries), labels), dtype=np.float32)
+        for label in range(labels):
+            of_label = np.sort(similarity[:, owners == label], axis=1)[:, -2:]
+            near[:, label] = of_label.mean(axis=1)
+        return near
+
+    def _demos(self, episode: Episode, similarity: NDArray[np.float32], options: Sequence[int]) -> list[int]:
+        allowed = set(options)
+        order = [int(j) for j in np.argsort(-similarity, kind="stable") if episode.demos[j].answer in allowed]
+        firsts: dict[int, int] = {}
+        for j in order:
+            firsts.setdefault(episode.demos[j].answer, j)
+        kept = list(firsts.values())[: self.config.demos]
+        kept += [j for j in order if j not in kept][: self.config.demos - len(kept)]
+        return sorted(kept, key=lambda j: float(similarity[j]))

@@ -1,0 +1,275 @@
+"""From cells to rows: accuracies with intervals, comparisons, spread, out-of-scope detection, curves, confusion."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from icl_markup.cells import Cell
+from icl_markup.evaluation import Estimate
+from icl_markup.experiment_config import ExperimentConfig, Setting
+from icl_markup.open_world import curves, open_world_rows
+from icl_markup.out_of_scope import confusion
+from icl_markup.statistics import compare, holm, interval
+from icl_markup.tasks import Task
+from icl_markup.variants import Variant
+
+CONFUSED = 12
+"""Labels of a confusion matrix: those that are confused most."""
+
+CHOICES = {"plain": "wording", "tags": "warm-up seed"}
+"""What the variants of a method are an arbitrary choice of."""
+
+OTHERS = "all other labels"
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A cell in its place; `validation`, in an open world, is what the variant answered on a validation split."""
+
+    variant: Variant
+    task: Task
+    setting: Setting
+    seed: int
+    cell: Cell
+    validation: Cell | None
+
+
+@dataclass(frozen=True)
+class Group:
+    """The variants of one method in one task and setting, over all seeds."""
+
+    method: str
+    label: str | None
+    task: Task
+    setting: Setting
+    variants: dict[str, list[Measured]]
+
+    def named(self, variant: str) -> str:
+        """Return what a variant, or the mean over variants, is called in rows."""
+        if self.label is None:
+            return variant
+        return self.label if len(self.variants) == 1 else f"{self.label}, {variant}"
+
+    def correct(self, label: str | None = None) -> NDArray[np.float64]:
+        """Return which queries each variant, or that of `label`, answered rightly, (variants, queries)."""
+        chosen = [self.variants[label]] if label is not None else self.variants.values()
+        return np.array([np.concatenate([m.cell.correct[0] for m in cells]) for cells in chosen], dtype=float)
+
+    @property
+    def episodes(self) -> NDArray[np.int64]:
+        """Return the episode of each query, numbered over all seeds."""
+        parts, first = [], 0
+        for measured in next(iter(self.variants.values())):
+            parts.append(measured.cell.episodes + first)
+            first += int(measured.cell.episodes.max()) + 1
+        return np.concatenate(parts)
+
+
+def summarise(
+    measured: Sequence[Measured], selected: dict[str, list[Cell]], config: ExperimentConfig, command: str
+) -> list[Row]:
+    """Return the rows of one task in one setting.
+
+    Args:
+        measured: the cells of every variant and seed there.
+        selected: for each wording's identity its cells on the selection tasks.
+        config: the experiment.
+        command: the command that makes the rows again.
+    """
+    groups = _groups(measured)
+    rows: list[Row] = []
+    for group in groups:
+        common = _common(group, config, command)
+        rows += _accuracies(group, common, selected)
+        rows += _spreads(group, common)
+        if group.setting.open_world:
+            rows += open_world_rows({group.named(v): cells for v, cells in group.variants.items()}, common)
+        if group.setting.vary == "nothing":
+            rows += curves(next(iter(group.variants.values())), common)
+        if group.setting.n_way is None and group.method == config.reference:
+            rows += _confusion(group, common)
+    return rows + list(_comparisons(groups, config, command))
+
+
+def corrected(rows: Sequence[Row]) -> list[Row]:
+    """Return an experiment's rows with every comparison's p-value corrected for all of them (Holm 1979)."""
+    compared = [row for row in rows if row["kind"] == "comparison"]
+    adjusted = iter(holm([row["p_value"] for row in compared]))
+    return [{**row, "p_adjusted": round(next(adjusted), 6)} if row["kind"] == "comparison" else row for row in rows]
+
+
+def _groups(measured: Sequence[Measured]) -> list[Group]:
+    """Group the cells of one task and setting by method and label."""
+    methods: dict[tuple[str, str | None], dict[str, list[Measured]]] = {}
+    for one in measured:
+        key = (one.variant.method, one.variant.config.label)
+        methods.setdefault(key, {}).setdefault(one.variant.label, []).append(one)
+    return [
+        Group(method, label, measured[0].task, measured[0].setting, variants)
+        for (method, label), variants in methods.items()
+    ]
+
+
+def _common(group: Group, config: ExperimentConfig, command: str) -> Row:
+    first = next(iter(group.variants.values()))
+    setting, facts = group.setting, first[0].cell.facts
+    retrieval = setting.retrieval if first[0].variant.prompted else None
+    shown = None
+    if retrieval is not None:
+        prior = f", prior {retrieval.prior:g}" if retrieval.prior else ""
+        shown = f"{retrieval.options} options, {retrieval.demos} demos{prior}"
+    return {
+        "experiment": config.experiment,
+        "task": group.task.name,
+        "backbone": config.backbone.name if first[0].variant.prompted else None,
+        "method": group.method,
+        "n_way": setting.n_way,
+        "k_shot": setting.k_shot,
+        "retrieval": shown,
+        "open_world": setting.open_world,
+        **({} if setting.vary == "nothing" else {"vary": setting.vary}),
+        "seed": config.seeds[0] if len(config.seeds) == 1 else None,
+        "seeds": config.seeds,
+        "episodes": sum(int(m.cell.episodes.max()) + 1 for m in first),
+        "queries": int(sum(len(m.cell.episodes) for m in first)),
+        "trainable_parameters": first[0].variant.parameters,
+        "mean_options": facts["mean_options"],
+        "command": command,
+        **{key: facts[key] for key in ("commit", "versions", "hardware")},
+    }
+
+
+def measure_row(common: Row, label: str, metric: str, value: Estimate, **more: Any) -> Row:
+    """Return a row of one number; `common` is what the rows of its group share."""
+    numbers = {"value": value.mean, "low": value.low, "high": value.high}
+    if metric == "accuracy":
+        numbers = {"accuracy": value.mean, **numbers}
+    rounded = {key: round(float(number), 5) for key, number in numbers.items()}
+    return {"kind": "measure", **common, "template": label, "metric": metric, **rounded, **more}
+
+
+def _accuracies(group: Group, common: Row, selected: dict[str, list[Cell]]) -> Iterator[Row]:
+    if group.method == "chance":
+        # A uniform guess: its expectation is known, and drawing guesses would only add noise.
+        guess = 1 / common["mean_options"] if group.setting.n_way is None else 1 / group.setting.n_way
+        yield measure_row(common, "none", "accuracy", Estimate(guess, guess, guess))
+        return
+    episodes = group.episodes
+    means = {}
+    for label, cells in group.variants.items():
+        value = interval(group.correct(label), episodes)
+        means[label] = value.mean
+        cut = {key: sum(m.cell.facts[key] for m in cells) for key in ("shortened", "dropped")}
+        parameters = {"trainable_parameters": cells[0].variant.parameters}
+        yield measure_row({**common, **parameters}, group.named(label), "accuracy", value, **cut)
+    if len(means) > 1:
+        spread = {"minimum": min(means.values()), "maximum": max(means.values())}
+        rounded = {key: round(value, 5) for key, value in spread.items()}
+        yield measure_row(
+            common, group.named("mean"), "accuracy", interval(group.correct(), episodes), **rounded, variants=len(means)
+        )
+        best = best_on_validation(group, selected)
+        if best is not None:
+            yield measure_row(
+                common,
+                group.named("best on validation"),
+                "accuracy",
+                interval(group.correct(best), episodes),
+                wording=best,
+            )
+
+
+def best_on_validation(group: Group, selected: dict[str, list[Cell]]) -> str | None:
+    """Return the variant with the highest mean accuracy on the selection tasks; None where none was measured there."""
+    scores = {
+        label: float(np.mean([cell.correct.mean() for cell in selected[cells[0].variant.identity]]))
+        for label, cells in group.variants.items()
+        if cells[0].variant.identity in selected
+    }
+    return max(scores, key=scores.__getitem__) if scores else None
+
+
+def _spreads(group: Group, common: Row) -> Iterator[Row]:
+    """Yield how far accuracy spreads over arbitrary choices.
+
+    The standard deviation is taken within each episode, over choices that answer the same queries with everything
+    else equal, and then averaged: what differs from episode to episode does not enter it.
+    """
+    episodes = group.episodes
+    if group.setting.vary != "nothing":
+        tables = [
+            np.concatenate([m.cell.correct.astype(float) for m in cells], axis=1) for cells in group.variants.values()
+        ]
+        within = np.array([_within(table, episodes) for table in tables])
+        value = interval(within, np.arange(within.shape[1]))
+        yield _spread_row(common, group.setting.vary, value)
+    elif group.method in CHOICES and len(group.variants) > 1:
+        within = _within(group.correct(), episodes)
+        yield _spread_row(common, CHOICES[group.method], interval(within[None], np.arange(len(within))))
+
+
+def _within(correct: NDArray[np.float64], episodes: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return, for each episode, the standard deviation over choices of its accuracy, (episodes,)."""
+    sizes = np.bincount(episodes)
+    accuracy = np.array([np.bincount(episodes, weights=row) / sizes for row in correct])
+    return np.asarray(accuracy.std(axis=0, ddof=1))
+
+
+def _spread_row(common: Row, over: str, value: Estimate) -> Row:
+    numbers = {"value": round(value.mean, 5), "low": round(value.low, 5), "high": round(value.high, 5)}
+    return {"kind": "spread", **common, "template": "mean", "over": over, **numbers}
+
+
+def _confusion(group: Group, common: Row) -> Iterator[Row]:
+    """Yield the confusion matrix of the labels that are confused most, where every episode offers the same labels."""
+    label, cells = next(iter(group.variants.items()))
+    names = cells[0].cell.facts.get("labels")
+    if names is None or any(m.cell.facts.get("labels") != names for m in cells):
+        return
+    answers = np.concatenate([m.cell.answers[0] for m in cells])
+    predicted = np.concatenate([m.cell.predicted[0] for m in cells])
+    wrong = Counter(np.concatenate([answers[answers != predicted], predicted[answers != predicted]]).tolist())
+    shown = {i: names[i] for i in sorted(index for index, _ in wrong.most_common(CONFUSED))}
+    labels = [*shown.values(), OTHERS]
+    truth, guesses = ([shown.get(i, OTHERS) for i in column.tolist()] for column in (answers, predicted))
+    counts = confusion(truth, guesses, labels)
+    yield {"kind": "confusion", **common, "template": label, "labels": labels, "counts": counts}
+
+
+def _comparisons(groups: Sequence[Group], config: ExperimentConfig, command: str) -> Iterator[Row]:
+    """Compare the reference with every other method, on the queries that both answered."""
+    reference = next((g for g in groups if g.method == config.reference), None)
+    if reference is None or reference.setting.vary != "nothing":
+        return
+    ours, episodes = reference.correct(), reference.episodes
+    place = _common(reference, config, command)
+    for group in groups:
+        if group is reference or group.method == "chance":
+            continue
+        theirs = group.correct()
+        if theirs.shape[1] > ours.shape[1] or (len(config.seeds) > 1 and theirs.shape[1] != ours.shape[1]):
+            continue
+        against = group.label or ("mean" if len(theirs) > 1 else None)
+        count = theirs.shape[1]  # a costly method may have answered the first episodes only
+        result = compare(ours[:, :count], theirs, episodes[:count])
+        yield {
+            "kind": "comparison",
+            **_common(group, config, command),
+            **{key: place[key] for key in ("backbone", "retrieval")},
+            "template": reference.named("mean" if len(ours) > 1 else next(iter(reference.variants))),
+            "method": config.reference,
+            "against": " ".join([group.method, *([f"({against})"] if against else [])]),
+            "difference": round(result.difference, 5),
+            "low": round(result.low, 5),
+            "high": round(result.high, 5),
+            "p_value": round(result.p_value, 6),
+            "test": result.test,
+        }
