@@ -6,11 +6,12 @@ PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --co
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install quickstart test lint types unit clean
+.PHONY: help install quickstart test results lint types unit clean
 
 help:
 	@echo "make quickstart   install, warm tags up on the embedded tasks, and compare them with plain words"
 	@echo "make test         install, lint, check types and run the tests"
+	@echo "make results      install, and make every number of results/ again (hours; goes on where it was stopped)"
 	@echo "make clean        remove the virtual environment and caches"
 
 $(VENV)/pyvenv.cfg:
@@ -23,7 +24,7 @@ $(VENV)/pyvenv.cfg:
 	@touch $@
 
 .installed-dev: .installed-run
-	$(PIP) --editable ".[dev]"
+	$(PIP) --editable ".[dev,baselines]"
 	@touch $@
 
 install: .installed-run
@@ -32,6 +33,10 @@ quickstart: .installed-run
 	@$(BIN)/icl-markup quickstart
 
 test: .installed-dev lint types unit
+
+results: .installed-run
+	$(PIP) --editable ".[baselines]"
+	@scripts/reproduce_results.sh
 
 lint: .installed-dev
 	$(BIN)/ruff check .
