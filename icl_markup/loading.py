@@ -47,8 +47,8 @@ class BackboneConfig:
     """cpu, cuda, cuda:1, mps …; auto takes the best that is there."""
 
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
-    """The attention implementation; auto is eager for masked models on a CPU, where it is
-    faster for short prompts, and the choice of transformers elsewhere."""
+    """The attention implementation; auto is eager for masked models on a CPU, where it is faster for short
+    prompts (but not for a model that reads by segments), and the choice of transformers elsewhere."""
 
     max_length: int | None = None
     """The longest prompt in tokens; null: the model's own limit."""
@@ -86,7 +86,9 @@ def load_pretrained(config: BackboneConfig) -> Loaded:
     kind: Kind = _kind(settings) if config.kind == "auto" else config.kind
     dtype = _dtype(config.dtype, device)
     wanted = {} if config.attention == "auto" else {"attn_implementation": config.attention}
-    if config.attention == "auto" and device.type == "cpu" and kind == "masked":
+    # A backbone that reads by segments is given long prompts of many queries, where eager takes twice the time.
+    short = not getattr(settings, "icl_markup", None)
+    if config.attention == "auto" and device.type == "cpu" and kind == "masked" and short:
         wanted = {"attn_implementation": "eager"}
     try:
         model, report = _AUTO_CLASSES[kind].from_pretrained(

@@ -33,8 +33,11 @@ class SetFit:
     Defaults are the paper's: 2 x 20 pairs a text (R = 20), batches of 16 pairs, one epoch, AdamW at 2e-5 with a
     tenth of the steps as warm-up (the package's), scikit-learn's logistic regression as it comes (C = 1).
 
-    A text's pair with itself counts as one of the same label, which is all there is at one shot without names.
-    An option without a demonstration trains on its name. Where only one option can be chosen, nothing is trained.
+    One thing is not the paper's: each option's name is a training text too, as every rival and every prompt here
+    knows the names. That gives pairs of one label at one shot, where a text otherwise has none but with itself, and
+    on warm-up tasks (snips and huffpost41, 5 options, 1 shot, 6 episodes of 50 queries) 76 % instead of 63 %.
+    `names` = False is the paper's way; then a name trains only where an option has no demonstration. Where only one
+    option can be chosen, nothing is trained.
 
     Args:
         encoder: the encoder to start from; it is copied and stays as it is, to the bit.
@@ -43,8 +46,7 @@ class SetFit:
         learning_rate: of the encoder.
         epochs: passes over the pairs.
         max_steps: at most this many steps an episode; None: as many as the pairs give.
-        names: each option's name is a further training text; without that, only where an option has no
-            demonstration.
+        names: each option's name is a further training text.
         c: the inverse strength of the logistic regression's L2 penalty.
         out_of_scope: how ``out_of_scope`` is computed; the distance is that to the nearest training text under
             the tuned encoder.
@@ -65,7 +67,7 @@ class SetFit:
         learning_rate: float = 2e-5,
         epochs: int = 1,
         max_steps: int | None = None,
-        names: bool = False,
+        names: bool = True,
         c: float = 1.0,
         out_of_scope: OutOfScope = "distance",
         seed: int = 0,

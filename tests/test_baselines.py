@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import random
 import sys
 from collections.abc import Callable
@@ -68,6 +69,7 @@ METHODS: dict[str, Callable[[SentenceEncoder], Method]] = {
     "logreg without names": lambda encoder: EmbeddingLogReg(encoder, names=False, out_of_scope="max_probability"),
     "tfidf": lambda encoder: TfidfLogReg(),
     "setfit": setfit,
+    "setfit without names": lambda encoder: setfit(encoder, names=False, out_of_scope="max_probability"),
 }
 LEARNERS = [name for name in METHODS if name != "majority"]
 
@@ -220,9 +222,9 @@ def test_centroid_arithmetic(encoder: SentenceEncoder) -> None:
 def test_knn_votes_as_written_out(encoder: SentenceEncoder, k: int) -> None:
     rng = random.Random(k)
     words = ["rain", "card", "open", "close", "stolen", "awful", "cold", "sunny", "bank", "where"]
-    texts = [" ".join(rng.choices(words, k=3)) for _ in range(23)]
+    drawn = [" ".join(three) for three in rng.sample(list(itertools.permutations(words, 3)), 43)]
+    texts, queries = drawn[:23], drawn[23:]
     answers = [0] * 9 + [1] * 7 + [2] * 7
-    queries = [" ".join(rng.choices(words, k=3)) for _ in range(20)]
     episode = Episode(
         (Option("a"), Option("b"), Option("c")),
         tuple(Demo(text, answer) for text, answer in zip(texts, answers, strict=True)),
@@ -249,7 +251,7 @@ def test_logistic_is_scikit_learns(classes: int) -> None:
     labels = np.arange(12) % classes
     expected = LogisticRegression(C=3, max_iter=5000, tol=1e-8).fit(examples, labels).predict_log_proba(queries)
     found = logistic(examples, labels, queries, 3)  # fewer examples than features: fitted in their span
-    np.testing.assert_allclose(found, expected, atol=1e-4)
+    np.testing.assert_allclose(found, expected, atol=1e-3)
 
 
 def test_tfidf_copes_with_any_text() -> None:
