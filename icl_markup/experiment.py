@@ -69,7 +69,7 @@ def run_experiment(config: ExperimentConfig, command: str, *, progress: bool = T
     total = sum(len(chain.wanted(setting)) for setting in config.settings) * len(tasks) * len(config.seeds)
     rows: list[dict[str, Any]] = []
     with tqdm(total=total, desc="cells", unit="cell", disable=not progress) as bar:
-        for task, setting in product(tasks, config.settings):
+        for setting, task in product(config.settings, tasks):
             measured = [one for seed in config.seeds for one in chain.measure(task, setting, seed, bar)]
             rows = corrected([*rows, *summarise(measured, selected, config, command)])
             write_rows(Path(config.output), rows, replace=True)
