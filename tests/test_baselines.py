@@ -58,7 +58,8 @@ def setfit(encoder: SentenceEncoder, **options: Any) -> Method:
     from icl_markup.setfit_method import SetFit
 
     gc.freeze()  # the trainer collects garbage after every training, and would go through all of torch each time
-    return SetFit(encoder, **{"iterations": 1, "max_steps": 1, "batch_size": 4, **options})
+    # Vectors of an encoder with random weights are nearly one: it takes large weights to tell them apart.
+    return SetFit(encoder, **{"iterations": 1, "max_steps": 1, "batch_size": 4, "c": 1000, **options})
 
 
 METHODS: dict[str, Callable[[SentenceEncoder], Method]] = {
