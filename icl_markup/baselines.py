@@ -234,7 +234,7 @@ class EmbeddingKNN:
         nearest = np.full((count, len(similarity)), -np.inf)
         np.maximum.at(nearest, classes, scaled.T)
         votes = np.log(summed, out=np.full_like(summed, -np.inf), where=summed > 0)
-        return np.maximum(votes, nearest.T)
+        return np.asarray(np.maximum(votes, nearest.T))
 
 
 class EmbeddingLogReg:
@@ -394,7 +394,7 @@ def oddness(kind: OutOfScope, similarity: Floats, log_probs: Floats) -> Floats:
         similarity: cosines of queries with classes or examples; shape (queries, classes or examples).
         log_probs: shape (queries, classes).
     """
-    return -similarity.max(axis=1) if kind == "distance" else -np.expm1(log_probs.max(axis=1))
+    return np.asarray(-similarity.max(axis=1) if kind == "distance" else -np.expm1(log_probs.max(axis=1)))
 
 
 def positive(name: str, value: float) -> float:

@@ -22,6 +22,11 @@ MOST_QUERIES = 16
 the square of a prompt's length."""
 
 
+LONGER = 1.25
+"""Where one query's prompt is longer than a batch may be, and so has a batch of its own, a prompt that several share
+may be so many times longer than that."""
+
+
 @dataclass(frozen=True)
 class QueryScores:
     """The scores of one query's options.
@@ -70,9 +75,12 @@ def score_queries(
 def _composed(model: MarkupModel, markup: Markup, episode: Episode, batch_tokens: int) -> Iterator[_Asked]:
     """Compose an episode's queries in order, several a prompt where those are not longer than a batch may be."""
     most = MOST_QUERIES if model.backbone.local_layers else 1
-    if most > 1 and episode.queries:
-        markup.check(episode)
     copies = name_copies(model.backbone, markup, episode) if markup.answers == "names" else 1
+    limit = batch_tokens
+    if most > 1 and len(episode.queries) > 1:
+        markup.check(episode)
+        single = markup.compose_whole(replace(episode, queries=episode.queries[:1]))
+        limit = max(limit, int(LONGER * copies * len(single.ids)) if single else 0)
     start = 0
     while start < len(episode.queries):
         part = replace(episode, queries=episode.queries[start : start + most])
@@ -80,7 +88,7 @@ def _composed(model: MarkupModel, markup: Markup, episode: Episode, batch_tokens
             prompt = markup.compose(part)
         else:
             whole = markup.compose_whole(part)
-            if whole is None or len(whole.ids) * copies > batch_tokens:
+            if whole is None or copies * len(whole.ids) > limit:
                 most = len(part.queries) // 2
                 continue
             prompt = whole

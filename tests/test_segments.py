@@ -652,12 +652,27 @@ def test_episodes_with_more_options_than_symbols_keep_their_places(singly: Any, 
 def test_a_batch_holds_no_more_tokens_than_it_may(composed: list[Prompt]) -> None:
     model = MarkupModel(backbone_of("bert"), "markup")
     lonely = max(len(model.markup.compose(single).ids) for single in alone(many_queries(20)))
-    for tokens in (1, lonely, lonely + 30, 2 * lonely):
+    for tokens in (lonely + 30, 2 * lonely):
         composed.clear()
         model.scores([many_queries(20)], tokens)
         assert sum(len(prompt.slots) for prompt in composed) == 20
-        assert all(len(prompt.ids) <= tokens for prompt in composed if len(prompt.slots) > 1)
-        assert (max(len(prompt.slots) for prompt in composed) > 1) == (tokens > lonely)
+        assert all(len(prompt.ids) <= max(tokens, 1.25 * lonely) for prompt in composed if len(prompt.slots) > 1)
+        assert max(len(prompt.slots) for prompt in composed) > 1
+
+
+@pytest.mark.parametrize("answers", ["symbols", "names"])
+def test_a_prompt_longer_than_a_batch_is_shared_where_that_adds_little(
+    answers: Any, composed: list[Prompt], singly: Any
+) -> None:
+    model = MarkupModel(backbone_of("bert"), "markup", answers=answers)
+    demos = tuple(demo._replace(text=demo.text + " card" * 20) for demo in EPISODE.demos)
+    long = [replace(EPISODE, demos=demos, queries=tuple(Query(f"hello {'ab'[i % 2]}") for i in range(12)))]
+    length = len(model.markup.compose(alone(long[0])[0]).ids)
+    found = model.scores(long, 1)
+    assert sum(len(prompt.slots) for prompt in composed) == 12
+    assert 1 < max(len(prompt.slots) for prompt in composed) < 12
+    assert max(len(prompt.ids) for prompt in composed) <= 1.25 * length
+    assert_same(found, singly(model, long, 1))
 
 
 def test_a_defect_is_reported_by_the_querys_place_in_its_episode() -> None:
