@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from sklearn.linear_model import LogisticRegression
 
 from icl_markup.baselines import Floats, OutOfScope, Problem, known_out_of_scope, log_probabilities, oddness, positive
@@ -50,8 +51,8 @@ class SetFit:
         c: the inverse strength of the logistic regression's L2 penalty.
         out_of_scope: how ``out_of_scope`` is computed; the distance is that to the nearest training text under
             the tuned encoder.
-        seed: seeds dropout and the order of batches; every episode starts from it. Random generators outside are
-            left as they were.
+        seed: seeds dropout and the order of batches; every episode starts from it. Random generators and
+            accelerate's state outside are left as they were.
 
     Raises:
         BackboneError: the package ``setfit`` is missing.
@@ -147,11 +148,15 @@ def _package() -> Any:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Put the random generators back, which the trainer seeds for the whole process."""
+    """Put back what the trainer sets for the whole process: the random generators and accelerate's state."""
     python, numpy = random.getstate(), np.random.get_state()
+    states = [(state, dict(state._shared_state)) for state in (PartialState, AcceleratorState, GradientState)]
     with torch.random.fork_rng():
         try:
             yield
         finally:
             random.setstate(python)
             np.random.set_state(numpy)
+            for state, before in states:
+                state._shared_state.clear()
+                state._shared_state.update(before)

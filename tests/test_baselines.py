@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from accelerate import Accelerator
 from scipy.special import log_softmax, logsumexp
 from sklearn.linear_model import LogisticRegression
 
@@ -296,11 +297,14 @@ def test_setfit_leaves_everything_as_it_was(
     np.random.seed(7)
     torch.manual_seed(7)
     states = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
+    accelerator = Accelerator(gradient_accumulation_steps=3, cpu=True)
     episode = real_episode(2)
     first = one(method, episode)
     assert random.getstate() == states[0]
     assert (np.random.get_state()[1] == states[1]).all()
     assert torch.equal(torch.get_rng_state(), states[2])
+    assert accelerator.gradient_accumulation_steps == 3
+    assert accelerator.device.type == "cpu"
     assert all(torch.equal(value, before[name]) for name, value in encoder.model.state_dict().items())
     assert not any(parameter.requires_grad for parameter in encoder.model.parameters())
     assert not encoder.model.training
