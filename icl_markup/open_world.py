@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
+FEW = 10
+"""Fewer episodes than this say too little about the spread over episodes."""
+
 
 def open_world_rows(variants: dict[str, list[Measured]], common: Row) -> Iterator[Row]:
     """Yield detection measures of every variant, and their means where there are several.
@@ -29,7 +32,7 @@ def open_world_rows(variants: dict[str, list[Measured]], common: Row) -> Iterato
         score, out = _joined(cells, "out_of_scope"), _is_out([m.cell for m in cells])
         if not (out.any() and not out.all()) or np.ptp(score) == 0:
             continue
-        episodes = _episodes([m.cell for m in cells])
+        episodes = resampled(_episodes([m.cell for m in cells]))
         found[label] = detection_intervals(score, out, episodes)
         validations = [m.validation for m in cells if m.validation is not None]
         if validations:
@@ -85,6 +88,14 @@ def _thresholded(
         "in_scope_accuracy": Estimate(kept.in_scope_accuracy, first.low, first.high),
         "oos_recall": Estimate(kept.oos_recall, second.low, second.high),
     }
+
+
+def resampled(episodes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return what a bootstrap resamples: episodes, or, where they are too few for that, the queries of all of them.
+
+    The full label set is drawn a few times only; its intervals then leave out which demonstrations were drawn.
+    """
+    return episodes if len(np.unique(episodes)) >= FEW else np.zeros_like(episodes)
 
 
 def _renumbered(episodes: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from icl_markup.cells import Cell
 from icl_markup.evaluation import Estimate
 from icl_markup.experiment_config import ExperimentConfig, Setting
-from icl_markup.open_world import curves, open_world_rows
+from icl_markup.open_world import curves, open_world_rows, resampled
 from icl_markup.out_of_scope import confusion
 from icl_markup.statistics import compare, holm, interval
 from icl_markup.tasks import Task
@@ -162,7 +162,7 @@ def _accuracies(group: Group, common: Row, selected: dict[str, list[Cell]]) -> I
         guess = 1 / common["mean_options"] if group.setting.n_way is None else 1 / group.setting.n_way
         yield measure_row(common, "none", "accuracy", Estimate(guess, guess, guess))
         return
-    episodes = group.episodes
+    episodes = resampled(group.episodes)
     means = {}
     for label, cells in group.variants.items():
         value = interval(group.correct(label), episodes)
@@ -249,7 +249,7 @@ def _comparisons(groups: Sequence[Group], config: ExperimentConfig, command: str
     reference = next((g for g in groups if g.method == config.reference), None)
     if reference is None or reference.setting.vary != "nothing":
         return
-    ours, episodes = reference.correct(), reference.episodes
+    ours, episodes = reference.correct(), resampled(reference.episodes)
     place = _common(reference, config, command)
     for group in groups:
         if group is reference or group.method == "chance":
