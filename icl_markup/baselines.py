@@ -11,8 +11,8 @@ texts. Each of them is a `Method`. They share four rules:
   `out_of_scope` says how little any other option fits.
 - Where the encoder does not read a demonstration to its end, it counts as shortened, once a query.
 
-Defaults (names as examples, C, temperature) were settled on warm-up tasks, where names
-add about 10 points at one shot (snips, goemotions, huffpost41; 1 to 3 on clinc150, which has few left to give).
+The defaults of `names` and `c` were settled on warm-up tasks, where names as examples add about 10 points at one
+shot (snips, goemotions, huffpost41; 1 to 3 on clinc150, which has few left to give).
 """
 
 from __future__ import annotations
