@@ -66,10 +66,11 @@ def run_experiment(config: ExperimentConfig, command: str, *, progress: bool = T
     tasks = _read(config.tasks)
     chain = _Chain(config, command)
     selected = chain.select(_read(config.selection_tasks))
-    total = sum(len(chain.wanted(setting)) for setting in config.settings) * len(tasks) * len(config.seeds)
+    plan = [(s, t) for s, t in product(config.settings, tasks) if s.tasks is None or t.name in s.tasks]
+    total = sum(len(chain.wanted(setting)) for setting, _ in plan) * len(config.seeds)
     rows: list[dict[str, Any]] = []
     with tqdm(total=total, desc="cells", unit="cell", disable=not progress) as bar:
-        for setting, task in product(config.settings, tasks):
+        for setting, task in plan:
             measured = [one for seed in config.seeds for one in chain.measure(task, setting, seed, bar)]
             rows = corrected([*rows, *summarise(measured, selected, config, command)])
             write_rows(Path(config.output), rows, replace=True)
@@ -138,7 +139,7 @@ class _Chain:
             "split": split,
             "episodes": count,
             "queries": queries,
-            "setting": asdict(setting),
+            "setting": {key: value for key, value in asdict(setting).items() if key != "tasks"},
         }
         retrieval = setting.retrieval if variant.prompted else None
         name = cell_name(task=_digest(task), variant=variant.identity, encoder=config.encoder, **place)

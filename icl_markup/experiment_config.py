@@ -139,6 +139,9 @@ class Setting:
     variations: int = 6
     """How many."""
 
+    tasks: list[str] | None = None
+    """Measure these tasks only, by name: some have too few examples for many demonstrations; null: all."""
+
 
 @dataclass(frozen=True)
 class ExperimentConfig:
