@@ -49,8 +49,8 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = (), *, fast: bo
 def run_experiment(config: ExperimentConfig, command: str, *, progress: bool = True) -> list[dict[str, Any]]:
     """Measure every cell that is not there yet, and write the rows of all of them.
 
-    The rows are written anew whenever a task and setting is complete; a run that was stopped loses at most the cell
-    it was in, and goes on with the next.
+    While it runs, the rows so far are in a file beside the output whose name ends in ``.part``; a run that was stopped
+    leaves earlier rows as they were, loses at most the cell it was in, and goes on with the next.
 
     Args:
         config: the experiment.
@@ -69,11 +69,14 @@ def run_experiment(config: ExperimentConfig, command: str, *, progress: bool = T
     plan = [(s, t) for s, t in product(config.settings, tasks) if s.tasks is None or t.name in s.tasks]
     total = sum(len(chain.wanted(setting)) for setting, _ in plan) * len(config.seeds)
     rows: list[dict[str, Any]] = []
+    output = Path(config.output)
+    part = output.with_name(output.name + ".part")
     with tqdm(total=total, desc="cells", unit="cell", disable=not progress) as bar:
         for setting, task in plan:
             measured = [one for seed in config.seeds for one in chain.measure(task, setting, seed, bar)]
             rows = corrected([*rows, *summarise(measured, selected, config, command)])
-            write_rows(Path(config.output), rows, replace=True)
+            write_rows(part, rows, replace=True)
+    part.replace(output)
     return rows
 
 
@@ -115,7 +118,7 @@ class _Chain:
 
     def select(self, tasks: Sequence[Task]) -> dict[str, list[Cell]]:
         """Measure wordings on the selection tasks, whose best then has rows of its own."""
-        plain = [v for v in self.variants if v.config.name == "plain"]
+        plain = [v for v in self.variants if v.method == "plain"]
         selected: dict[str, list[Cell]] = {}
         if len(plain) < 2:
             return selected

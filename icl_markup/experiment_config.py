@@ -26,6 +26,7 @@ MethodName = Literal[
     "embedding_logreg",
     "tfidf_logreg",
     "setfit",
+    "retrieval",
 ]
 TRAINED = ("tags", "prompt_tuning", "lora", "full_finetuning")
 """Methods that come from a warm-up."""

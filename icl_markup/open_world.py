@@ -50,18 +50,43 @@ def open_world_rows(variants: dict[str, list[Measured]], common: Row) -> Iterato
             yield _row(common, "mean", metric, value, **spread)
 
 
+def decided(cell: Cell, validation: Cell | None) -> NDArray[np.bool_] | None:
+    """Return which queries are answered rightly at the threshold that validation chooses, (queries,).
+
+    A query is rejected where its out-of-scope score lies above the threshold, else it has the best label's answer: so
+    methods that can and that cannot predict "none of the above" themselves are asked the same. None where nothing
+    chooses a threshold.
+    """
+    threshold = _threshold([validation]) if validation is not None else None
+    if threshold is None:
+        return None
+    out = cell.answers[0] == cell.none
+    return np.where(cell.out_of_scope[0] > threshold, out, cell.right_inside & ~out)
+
+
+def _threshold(validations: Sequence[Cell]) -> float | None:
+    known = np.concatenate([cell.out_of_scope[0] for cell in validations])
+    known_out = _is_out(validations)
+    if known_out.all() or not known_out.any():
+        return None
+    return choose_threshold(known, np.concatenate([c.right_inside for c in validations]), known_out)
+
+
 def curves(cells: Sequence[Measured], common: Row) -> Iterator[Row]:
-    """Yield the ROC curve of an open world, or the risk-coverage curve of a closed one, of a method's first variant."""
+    """Yield the ROC curve of an open world, and the risk-coverage curve, of a method's first variant.
+
+    In an open world queries are rejected by their out-of-scope score, and answering one that is out of scope is wrong.
+    """
     place = {"kind": "curve", **common, "template": cells[0].variant.config.label or cells[0].variant.label}
     if common["open_world"]:
         score, out = _joined(cells, "out_of_scope"), _is_out([m.cell for m in cells])
         if out.any() and not out.all() and np.ptp(score) > 0:
             x, y = roc_points(score, out)
             yield {**place, "curve": "roc", "x": _short(x), "y": _short(y)}
-        return
-    confidence = _joined(cells, "confidence")
+        confidence, correct = -score, np.concatenate([m.cell.right_inside for m in cells]) & ~out
+    else:
+        confidence, correct = _joined(cells, "confidence"), np.concatenate([m.cell.correct[0] for m in cells])
     if np.ptp(confidence) > 0:
-        correct = np.concatenate([m.cell.correct[0] for m in cells])
         x, y = risk_coverage(confidence, correct)
         yield {**place, "curve": "risk_coverage", "x": _short(x), "y": _short(y)}
 
@@ -73,11 +98,9 @@ def _thresholded(
     out: NDArray[np.bool_],
     episodes: NDArray[np.int64],
 ) -> dict[str, Estimate]:
-    known = np.concatenate([cell.out_of_scope[0] for cell in validations])
-    known_out = _is_out(validations)
-    if known_out.all() or not known_out.any():
+    threshold = _threshold(validations)
+    if threshold is None:
         return {}
-    threshold = choose_threshold(known, np.concatenate([c.right_inside for c in validations]), known_out)
     right = np.concatenate([m.cell.right_inside for m in cells])
     kept = at_threshold(score, right, out, threshold)
     inside = np.where(score <= threshold, right, False).astype(float)

@@ -204,10 +204,20 @@ def expected_calibration_error(probabilities: ArrayLike, answers: ArrayLike, bin
         raise EvaluationError(f"answers must lie between 0 and {rows.shape[1] - 1}, the last option")
     if bins < 1:
         raise EvaluationError(f"bins must be at least 1, and is {bins}")
-    confidence = rows.max(axis=1)
-    bin_of = np.digitize(confidence, np.linspace(0, 1, bins + 1)[1:-1], right=True)
-    gap = np.bincount(bin_of, weights=(rows.argmax(axis=1) == right) - confidence)
-    return float(np.abs(gap).sum() / len(rows))
+    return confidence_error(rows.max(axis=1), rows.argmax(axis=1) == right, bins)
+
+
+def confidence_error(confidence: ArrayLike, correct: ArrayLike, bins: int = 15) -> float:
+    """Return `expected_calibration_error` of known confidences.
+
+    Args:
+        confidence: the probability of the option that was chosen, 0..1, shape (queries,).
+        correct: whether it was right, bool, shape (queries,).
+        bins: as there.
+    """
+    sure, right = _finite(confidence, "confidence"), np.asarray(correct, dtype=np.float64)
+    bin_of = np.digitize(sure, np.linspace(0, 1, bins + 1)[1:-1], right=True)
+    return float(np.abs(np.bincount(bin_of, weights=right - sure)).sum() / len(sure))
 
 
 def confusion(truth: Sequence[str], predicted: Sequence[str], labels: Sequence[str]) -> list[list[int]]:

@@ -23,6 +23,7 @@ _METHODS = (
     "majority",
     "label_names",
     "plain",
+    "plain, seen wordings",
     "tags_untrained",
     "tags",
     "prompt_tuning",
@@ -33,6 +34,7 @@ _METHODS = (
     "embedding_logreg",
     "tfidf_logreg",
     "setfit",
+    "retrieval",
 )
 
 

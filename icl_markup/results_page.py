@@ -27,7 +27,8 @@ METHODS = {
     "chance": "a uniform guess over the options",
     "majority": "the most frequent label of the demonstrations",
     "label_names": "a prompt in plain words, with options and without demonstrations",
-    "plain": "prompts in plain words, in several wordings",
+    "plain": "prompts in plain words, in several wordings that the embedded backbone was not trained on",
+    "plain, seen wordings": "prompts in plain words, in the wordings that the embedded backbone was trained on",
     "tags_untrained": "prompts with tags as they are initialised",
     "tags": "prompts with warmed-up tags; the language model is frozen",
     "prompt_tuning": "one block of trained soft tokens before a prompt in plain words",
@@ -37,6 +38,7 @@ METHODS = {
     "embedding_centroid": "sentence embeddings, nearest class mean",
     "embedding_logreg": "sentence embeddings, logistic regression",
     "tfidf_logreg": "TF-IDF, logistic regression",
+    "retrieval": "the label that retrieval puts first: the mean of its two texts or names nearest to the query",
     "setfit": "a sentence encoder fine-tuned on the demonstrations, logistic regression",
 }
 

@@ -45,7 +45,7 @@ class Retrieved:
         labels = len(episode.options) - is_open(episode)
         queries = self.encoder.encode([query.text for query in episode.queries])
         demos = queries @ self.encoder.encode([demo.text for demo in episode.demos]).T if episode.demos else None
-        near = self.label_similarity(episode, queries)
+        near = label_similarity(self.encoder, episode, queries)
         parts, chosen = [], []
         for i, query in enumerate(episode.queries):
             options = np.argsort(-near[i], kind="stable")[: self.config.options].tolist()
@@ -69,20 +69,6 @@ class Retrieved:
         shortened, dropped = sum(one.shortened for one in found), sum(one.dropped for one in found)
         return EpisodeScores(log_probs, scores, shortened, dropped)
 
-    def label_similarity(self, episode: Episode, queries: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return how near each label is to each query, shape (queries, labels), "none of the above" left out."""
-        labels = len(episode.options) - is_open(episode)
-        names = self.encoder.encode([option.name for option in episode.options[:labels]])
-        texts = self.encoder.encode([demo.text for demo in episode.demos]) if episode.demos else names[:0]
-        vectors = np.concatenate([names, texts])
-        owners = np.array([*range(labels), *(demo.answer for demo in episode.demos)])
-        similarity = queries @ vectors.T
-        near = np.empty((len(queries), labels), dtype=np.float32)
-        for label in range(labels):
-            of_label = np.sort(similarity[:, owners == label], axis=1)[:, -2:]
-            near[:, label] = of_label.mean(axis=1)
-        return near
-
     def _demos(self, episode: Episode, similarity: NDArray[np.float32], options: Sequence[int]) -> list[int]:
         allowed = set(options)
         order = [int(j) for j in np.argsort(-similarity, kind="stable") if episode.demos[j].answer in allowed]
@@ -92,3 +78,36 @@ class Retrieved:
         kept = list(firsts.values())[: self.config.demos]
         kept += [j for j in order if j not in kept][: self.config.demos - len(kept)]
         return sorted(kept, key=lambda j: float(similarity[j]))
+
+
+def label_similarity(encoder: SentenceEncoder, episode: Episode, queries: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return how near each label is to each query, shape (queries, labels), "none of the above" left out."""
+    labels = len(episode.options) - is_open(episode)
+    names = encoder.encode([option.name for option in episode.options[:labels]])
+    texts = encoder.encode([demo.text for demo in episode.demos]) if episode.demos else names[:0]
+    vectors = np.concatenate([names, texts])
+    owners = np.array([*range(labels), *(demo.answer for demo in episode.demos)])
+    similarity = queries @ vectors.T
+    near = np.empty((len(queries), labels), dtype=np.float32)
+    for label in range(labels):
+        of_label = np.sort(similarity[:, owners == label], axis=1)[:, -2:]
+        near[:, label] = of_label.mean(axis=1)
+    return near
+
+
+@dataclass(frozen=True)
+class NearestLabel:
+    """Retrieval by itself: the label that a retriever puts first; ``out_of_scope`` is the distance to it."""
+
+    encoder: SentenceEncoder
+
+    def scores(self, episodes: Sequence[Episode]) -> list[EpisodeScores]:
+        """Score every query of every episode; one result an episode, in order."""
+        results = []
+        for episode in episodes:
+            near = label_similarity(self.encoder, episode, self.encoder.encode([q.text for q in episode.queries]))
+            log_probs = log_softmax(near.astype(np.float64) / TEMPERATURE, axis=1)
+            missing = len(episode.options) - log_probs.shape[1]
+            padded = np.pad(log_probs, ((0, 0), (0, missing)), constant_values=-np.inf)
+            results.append(EpisodeScores(padded, -near.max(axis=1).astype(np.float64)))
+        return results

@@ -22,7 +22,7 @@ from icl_markup.errors import EvaluationError
 from icl_markup.evaluation import Estimate
 
 RESAMPLES = 2000
-PERMUTATIONS = 5000
+PERMUTATIONS = 20000
 
 _BATCH_VALUES = 1_000_000
 """Numbers drawn at a time, which bounds memory at some tens of MB whatever the number of queries."""

@@ -13,16 +13,16 @@ from numpy.typing import NDArray
 from icl_markup.cells import Cell
 from icl_markup.evaluation import Estimate
 from icl_markup.experiment_config import ExperimentConfig, Setting
-from icl_markup.open_world import curves, open_world_rows, resampled
-from icl_markup.out_of_scope import confusion
-from icl_markup.statistics import compare, holm, interval
+from icl_markup.open_world import curves, decided, open_world_rows, resampled
+from icl_markup.out_of_scope import confidence_error, confusion
+from icl_markup.statistics import compare, holm, interval, spread
 from icl_markup.tasks import Task
 from icl_markup.variants import Variant
 
 CONFUSED = 12
 """Labels of a confusion matrix: those that are confused most."""
 
-CHOICES = {"plain": "wording", "tags": "warm-up seed"}
+CHOICES = {"plain": "wording", "plain, seen wordings": "wording", "tags": "warm-up seed"}
 """What the variants of a method are an arbitrary choice of."""
 
 OTHERS = "all other labels"
@@ -40,6 +40,12 @@ class Measured:
     seed: int
     cell: Cell
     validation: Cell | None
+
+    @property
+    def correct(self) -> NDArray[np.bool_]:
+        """Whether each query was answered rightly; in an open world at the threshold that validation chose."""
+        found = decided(self.cell, self.validation) if self.setting.open_world else None
+        return self.cell.correct[0] if found is None else found
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,7 @@ class Group:
     def correct(self, label: str | None = None) -> NDArray[np.float64]:
         """Return which queries each variant, or that of `label`, answered rightly, (variants, queries)."""
         chosen = [self.variants[label]] if label is not None else self.variants.values()
-        return np.array([np.concatenate([m.cell.correct[0] for m in cells]) for cells in chosen], dtype=float)
+        return np.array([np.concatenate([m.correct for m in cells]) for cells in chosen], dtype=float)
 
     @property
     def episodes(self) -> NDArray[np.int64]:
@@ -71,6 +77,11 @@ class Group:
             parts.append(measured.cell.episodes + first)
             first += int(measured.cell.episodes.max()) + 1
         return np.concatenate(parts)
+
+    @property
+    def units(self) -> NDArray[np.int64]:
+        """Return what a bootstrap resamples for each query: its episode, unless the label set is drawn a few times."""
+        return resampled(self.episodes) if self.setting.n_way is None else self.episodes
 
 
 def summarise(
@@ -92,6 +103,8 @@ def summarise(
         rows += _spreads(group, common)
         if group.setting.open_world:
             rows += open_world_rows({group.named(v): cells for v, cells in group.variants.items()}, common)
+        if group.setting.retrieval is not None and group.method == config.reference:
+            rows.append(_recall(group, common))
         if group.setting.vary == "nothing":
             rows += curves(next(iter(group.variants.values())), common)
         if group.setting.n_way is None and group.method == config.reference:
@@ -100,10 +113,20 @@ def summarise(
 
 
 def corrected(rows: Sequence[Row]) -> list[Row]:
-    """Return an experiment's rows with every comparison's p-value corrected for all of them (Holm 1979)."""
-    compared = [row for row in rows if row["kind"] == "comparison"]
-    adjusted = iter(holm([row["p_value"] for row in compared]))
-    return [{**row, "p_adjusted": round(next(adjusted), 6)} if row["kind"] == "comparison" else row for row in rows]
+    """Return an experiment's rows with every comparison's p-value corrected for all of its setting (Holm 1979)."""
+    families: dict[tuple[Any, ...], list[float]] = {}
+    for row in rows:
+        if row["kind"] == "comparison":
+            families.setdefault(_family(row), []).append(row["p_value"])
+    adjusted = {family: iter(holm(values)) for family, values in families.items()}
+    return [
+        {**row, "p_adjusted": round(next(adjusted[_family(row)]), 6)} if row["kind"] == "comparison" else row
+        for row in rows
+    ]
+
+
+def _family(row: Row) -> tuple[Any, ...]:
+    return tuple(row[key] for key in ("n_way", "k_shot", "retrieval", "open_world"))
 
 
 def _groups(measured: Sequence[Measured]) -> list[Group]:
@@ -159,10 +182,10 @@ def measure_row(common: Row, label: str, metric: str, value: Estimate, **more: A
 def _accuracies(group: Group, common: Row, selected: dict[str, list[Cell]]) -> Iterator[Row]:
     if group.method == "chance":
         # A uniform guess: its expectation is known, and drawing guesses would only add noise.
-        guess = 1 / common["mean_options"] if group.setting.n_way is None else 1 / group.setting.n_way
+        guess = 1 / common["mean_options"]  # fewer than N where a task has fewer labels
         yield measure_row(common, "none", "accuracy", Estimate(guess, guess, guess))
         return
-    episodes = resampled(group.episodes)
+    episodes = group.units
     means = {}
     for label, cells in group.variants.items():
         value = interval(group.correct(label), episodes)
@@ -170,6 +193,8 @@ def _accuracies(group: Group, common: Row, selected: dict[str, list[Cell]]) -> I
         cut = {key: sum(m.cell.facts[key] for m in cells) for key in ("shortened", "dropped")}
         parameters = {"trainable_parameters": cells[0].variant.parameters}
         yield measure_row({**common, **parameters}, group.named(label), "accuracy", value, **cut)
+        if group.setting.vary == "nothing" and not group.setting.open_world:
+            yield _calibration_error({**common, **parameters}, group.named(label), cells)
     if len(means) > 1:
         spread = {"minimum": min(means.values()), "maximum": max(means.values())}
         rounded = {key: round(value, 5) for key, value in spread.items()}
@@ -187,6 +212,22 @@ def _accuracies(group: Group, common: Row, selected: dict[str, list[Cell]]) -> I
             )
 
 
+def _calibration_error(common: Row, label: str, cells: Sequence[Measured]) -> Row:
+    """Return how far the probability of the chosen option is from how often it is right (Guo et al. 2017)."""
+    confidence = np.concatenate([m.cell.confidence[0] for m in cells])
+    correct = np.concatenate([m.cell.correct[0] for m in cells])
+    value = round(confidence_error(confidence, correct), 5)
+    return {"kind": "measure", **common, "template": label, "metric": "expected_calibration_error", "value": value}
+
+
+def _recall(group: Group, common: Row) -> Row:
+    """Return how often retrieval offers the right option: the ceiling of a method that it chooses options for."""
+    losses = [m.cell.loss[0][m.cell.answers[0] != m.cell.none] for m in next(iter(group.variants.values()))]
+    found = np.isfinite(np.concatenate(losses))
+    value = interval(found.astype(float)[None], np.zeros(len(found), dtype=np.int64))
+    return measure_row(common, group.named("retriever"), "share of right options offered", value)
+
+
 def best_on_validation(group: Group, selected: dict[str, list[Cell]]) -> str | None:
     """Return the variant with the highest mean accuracy on the selection tasks; None where none was measured there."""
     scores = {
@@ -200,8 +241,10 @@ def best_on_validation(group: Group, selected: dict[str, list[Cell]]) -> str | N
 def _spreads(group: Group, common: Row) -> Iterator[Row]:
     """Yield how far accuracy spreads over arbitrary choices.
 
-    The standard deviation is taken within each episode, over choices that answer the same queries with everything
-    else equal, and then averaged: what differs from episode to episode does not enter it.
+    Wordings and warm-up seeds are choices for all episodes: the standard deviation is that of the accuracy over all
+    queries. Orders and drawn demonstrations are choices of an episode: the standard deviation is taken within each,
+    over choices that answer the same few queries with everything else equal, and then averaged. The two are not on one
+    scale: the second is larger, since answers that flip within an episode do not average out.
     """
     episodes = group.episodes
     if group.setting.vary != "nothing":
@@ -209,11 +252,11 @@ def _spreads(group: Group, common: Row) -> Iterator[Row]:
             np.concatenate([m.cell.correct.astype(float) for m in cells], axis=1) for cells in group.variants.values()
         ]
         within = np.array([_within(table, episodes) for table in tables])
-        value = interval(within, np.arange(within.shape[1]))
+        # All 0 where the order has no influence, which is no sample of a coin's throws.
+        value = interval(within, np.arange(within.shape[1])) if within.any() else Estimate(0.0, 0.0, 0.0)
         yield _spread_row(common, group.setting.vary, value)
     elif group.method in CHOICES and len(group.variants) > 1:
-        within = _within(group.correct(), episodes)
-        yield _spread_row(common, CHOICES[group.method], interval(within[None], np.arange(len(within))))
+        yield _spread_row(common, CHOICES[group.method], spread(group.correct(), group.units))
 
 
 def _within(correct: NDArray[np.float64], episodes: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -249,7 +292,7 @@ def _comparisons(groups: Sequence[Group], config: ExperimentConfig, command: str
     reference = next((g for g in groups if g.method == config.reference), None)
     if reference is None or reference.setting.vary != "nothing":
         return
-    ours, episodes = reference.correct(), resampled(reference.episodes)
+    ours, episodes = reference.correct(), reference.units
     place = _common(reference, config, command)
     for group in groups:
         if group is reference or group.method == "chance":

@@ -100,15 +100,23 @@ def _accuracy(shown: Grid) -> Block | None:
         return None
     tasks = tasks_of(cells)
     lines = []
+    asked_less: set[str] = set()
     for task in tasks:
         found = [by_task.get((task, "accuracy")) for by_task in cells.values()]
-        best = _best([None if row is None else row.value for row in found])
-        bold = ["" if row is None else _bold(with_interval(row), place in best) for place, row in enumerate(found)]
-        lines.append([escape(task), *bold])
+        most = max((_queries(row) for row in found if row is not None), default=0)
+        # What was asked a part of the queries is shown, but not ranked.
+        partial = [row is not None and 0 < _queries(row) < most for row in found]
+        best = _best([None if row is None or part else row.value for row, part in zip(found, partial, strict=True)])
+        texts = [
+            "" if row is None else _bold(with_interval(row), place in best) + f" on {_queries(row)} queries" * part
+            for place, (row, part) in enumerate(zip(found, partial, strict=True))
+        ]
+        asked_less |= {label for label, part in zip(cells, partial, strict=True) if part}
+        lines.append([escape(task), *texts])
     if len(tasks) > 1:
         # Means over different tasks cannot be compared: only methods that were measured on all of them have one.
         values = [[by_task[task, "accuracy"].value for task in tasks if (task, "accuracy") in by_task]
-                  for by_task in cells.values()]  # fmt: skip
+                  if label not in asked_less else [] for label, by_task in cells.items()]  # fmt: skip
         means = [sum(of) / len(tasks) if len(of) == len(tasks) else None for of in values]
         best = _best(means)
         texts = ["" if mean is None else _bold(number(mean), place in best) for place, mean in enumerate(means)]
@@ -121,8 +129,25 @@ def _accuracy(shown: Grid) -> Block | None:
     return Block("Accuracy", table(grid[0], grid[1:]), rows, _accuracy_note(rows))
 
 
+def _queries(row: Row) -> int:
+    return int(row.data.get("queries") or 0) if row.method != CHANCE else 0
+
+
 def _accuracy_note(rows: Sequence[Row]) -> str:
     note = "In %, with 95 % interval; **bold**: the best of a task."
+    if any(row.data.get("open_world") for row in rows):
+        note += " Queries are rejected at a threshold of the out-of-scope score that validation chose."
+    fewer = {
+        row.task: row.data["mean_options"]
+        for row in rows
+        if row.data.get("n_way") and (row.data.get("mean_options") or math.inf) < row.data["n_way"]
+    }
+    if fewer:
+        note += " Fewer options, as the task has no more: "
+        note += ", ".join(f"{escape(task)} {count:g}" for task, count in fewer.items()) + "."
+    cut = sum(int(row.data.get("dropped") or 0) for row in rows)
+    if cut:
+        note += f" In {cut} cases a demonstration did not fit a prompt and was left out."
     counts = {(row.method, row.data["variants"]): None for row in rows if row.data.get("variants") is not None}
     if counts:
         over = ", ".join(f"{escape(method)} over {count}" for method, count in counts)
@@ -163,7 +188,11 @@ def _comparisons(summary: tuple[Grid, Grid]) -> Block | None:
     if not rows:
         return None
     headings = ["task", "comparison", "difference, points", "p", "p, Holm-adjusted", "test"]
-    note = "Differences in percentage points of accuracy, with 95 % interval; **bold**: adjusted p below 0.05."
+    note = (
+        "Differences in percentage points of accuracy, with 95 % interval; **bold**: adjusted p below 0.05. The family "
+        "of the adjustment is all comparisons of this setting. They speak of these test sets: small ones are asked "
+        "again in many episodes."
+    )
     return Block("Comparisons", table(headings, lines, 2), tuple(rows), note)
 
 
@@ -217,7 +246,11 @@ def _spreads(summary: tuple[Grid, Grid]) -> Block | None:
                 text += f" ({points(row.interval[0], sign=False)}–{points(row.interval[1], sign=False)})"
             cells.append(text)
         lines.append([escape(task), escape(over), *cells])
-    note = "Standard deviation of accuracy in percentage points, with 95 % interval: how far it moves with the choice."
+    note = (
+        "Standard deviation in percentage points, with 95 % interval. Over wordings and warm-up seeds: of the accuracy "
+        "over all queries. Over orders and drawn demonstrations: of the accuracy of one episode's few queries, on "
+        "average over episodes, which is a larger scale."
+    )
     headings = ["task", "spread over", *map(escape, shown)]
     return Block("Spread", table(headings, lines, 2), rows_of(shown), note) if lines else None
 

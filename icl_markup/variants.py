@@ -21,6 +21,7 @@ from icl_markup.metaicl_model import read_details
 from icl_markup.method import Method
 from icl_markup.model import MarkupModel
 from icl_markup.prompted import Prompted
+from icl_markup.retrieval import NearestLabel
 from icl_markup.sentences import SentenceEncoder
 from icl_markup.tagfile import load_model, read_tags
 from icl_markup.template import Template
@@ -196,6 +197,7 @@ def _baseline(
         "embedding_knn": lambda **options: EmbeddingKNN(encoder(), **options),
         "embedding_centroid": lambda **options: EmbeddingCentroid(encoder(), **options),
         "embedding_logreg": lambda **options: EmbeddingLogReg(encoder(), **options),
+        "retrieval": lambda **options: NearestLabel(encoder(), **options),
         "setfit": lambda **options: _setfit(encoder(), options),
     }
     options = dict(method.options)

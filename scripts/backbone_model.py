@@ -40,12 +40,13 @@ class Student(torch.nn.Module):
         self.probe = torch.nn.Linear(self.model.config.hidden_size, self.model.config.hidden_size)
         torch.nn.init.eye_(self.probe.weight)
         torch.nn.init.zeros_(self.probe.bias)
+        self.symbol_probe = torch.nn.Linear(self.model.config.hidden_size, self.model.config.hidden_size)
 
     def local_parameters(self) -> list[torch.nn.Parameter]:
         """Return the trained parameters of embeddings, local layers and probe; word embeddings are not among them."""
         bert = self.model.bert
         words = bert.embeddings.word_embeddings.weight
-        parts = (bert.embeddings, *bert.encoder.layer[:LOCAL_LAYERS], self.probe)
+        parts = (bert.embeddings, *bert.encoder.layer[:LOCAL_LAYERS], self.probe, self.symbol_probe)
         return [p for part in parts for p in part.parameters() if p is not words]
 
     def global_parameters(self) -> list[torch.nn.Parameter]:
@@ -90,6 +91,20 @@ class Student(torch.nn.Module):
         states = self.probe(hidden[places[:, 0], places[:, 1]])
         return (1 - F.cosine_similarity(states, teacher.embed(texts))).mean()
 
+    def forgetting(self, hidden: Tensor, batch: Batch, symbols: Tensor) -> Tensor:
+        """Return the cross-entropy of symbols, read off their states by another probe: they must not be lost there.
+
+        Args:
+            hidden: states after the local layers, (prompts, longest, width).
+            batch: the prompts.
+            symbols: the ids of all symbols there are.
+        """
+        assert batch.anchors is not None
+        found = batch.anchors & torch.isin(batch.input_ids, symbols)
+        logits = self.symbol_probe(hidden[found]) @ self.model.bert.embeddings.word_embeddings.weight[symbols].T
+        targets = (batch.input_ids[found][:, None] == symbols).int().argmax(1)
+        return F.cross_entropy(logits, targets)
+
 
 def _additive(mask: Tensor) -> Tensor:
     return torch.zeros(mask.shape).masked_fill_(~mask, torch.finfo(torch.float32).min)
@@ -122,25 +137,46 @@ def fresh_model(global_heads: int) -> transformers.BertForMaskedLM:
 
 
 @torch.no_grad()
-def start_matching(student: Student, states: Tensor, sharpness: float = 12.0) -> None:
-    """Let the first global layer begin as a comparison: queries and keys are one projection of the centred states.
+def start_matching(
+    student: Student, states: Tensor, symbols: Tensor, sharpness: float = 8.0, share: float = 1.0
+) -> None:
+    """Let the global layers begin as nearest neighbours: a slot attends to similar texts, and takes on their symbols.
 
-    Similar states then attend to each other from the first step on, which is slow to find.
+    Queries and keys are the sentence embeddings that the distillation's probe reads off the states, centred. Values are the symbols' word embeddings, as a linear
+    regression reads them off the states; the feed-forward parts begin with no output. From there training is short,
+    where copying a symbol would otherwise have to be found by chance.
 
     Args:
         student: the backbone in training.
-        states: states of symbols and slots after the local layers, shape (states, width).
+        states: states of symbols after the local layers, shape (states, width).
+        symbols: their token ids, (states,).
         sharpness: the attention logit, before the softmax, of a state of usual norm with itself.
+        share: the norm of what a slot takes on, relative to its own state's.
     """
-    centre = states.mean(0)
-    norm = (states - centre).norm(dim=-1).mean()
-    attention = student.model.bert.encoder.layer[LOCAL_LAYERS].attention.self
-    size, heads = attention.attention_head_size, attention.num_attention_heads
-    rotation = torch.nn.init.orthogonal_(torch.empty(size * heads, size * heads))
-    weight = rotation * math.sqrt(sharpness * math.sqrt(size) * heads) / norm
-    for projection in (attention.query, attention.key):
-        projection.weight.copy_(weight)
-        projection.bias.copy_(-weight @ centre)
+    bert = student.model.bert
+    centre, probe = states.mean(0), student.probe
+    norm = ((states - centre) @ probe.weight.T).norm(dim=-1).mean()
+    words = bert.embeddings.word_embeddings.weight[symbols]
+    mean_word = words.mean(0)
+    width = states.shape[1]
+    centred = states - centre
+    gram = centred.T @ centred + 1e-3 * centred.square().sum(1).mean() * torch.eye(width)
+    reading = torch.linalg.solve(gram, centred.T @ (words - mean_word)).T
+    scale = share * states.norm(dim=-1).mean() / (words - mean_word).norm(dim=-1).mean()
+    for layer in bert.encoder.layer[LOCAL_LAYERS:]:
+        attention = layer.attention.self
+        size, heads = attention.attention_head_size, attention.num_attention_heads
+        rotation = torch.nn.init.orthogonal_(torch.empty(width, width))
+        weight = rotation @ probe.weight * math.sqrt(sharpness * math.sqrt(size) * heads) / norm
+        for projection in (attention.query, attention.key):
+            projection.weight.copy_(weight)
+            projection.bias.copy_(-weight @ centre)
+        attention.value.weight.copy_(scale * reading)
+        attention.value.bias.copy_(-scale * reading @ centre)
+        layer.attention.output.dense.weight.copy_(torch.eye(width))
+        layer.attention.output.dense.bias.zero_()
+        layer.output.dense.weight.mul_(0.1)
+        layer.output.dense.bias.zero_()
 
 
 def summaries(prompts: list[Prompt]) -> tuple[Tensor, list[tuple[int, ...]]]:

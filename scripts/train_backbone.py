@@ -28,7 +28,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from backbone_bank import Entry, Part, build, draw, entries, load, save, whole
+from backbone_bank import Entry, Part, build, draw, entries, load, save, shown_symbols, whole
 from backbone_data import Drawn, PromptStream, Teacher, short
 from backbone_model import ORIGIN, Student, start_matching
 from safetensors.torch import load_file, save_file
@@ -70,6 +70,9 @@ class BackboneTraining:
 
     represent_rate: float = 4e-4
     """Its peak learning rate."""
+
+    symbols: float = 0.1
+    """In it, the weight of the cross-entropy with which a linear probe reads option symbols off their states."""
 
     bank_prompts: int = 8000
     """Prompts that the second stage learns from."""
@@ -142,6 +145,7 @@ class Trainer:
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(ORIGIN)
         self.student, self.teacher = Student(config.global_heads), Teacher(ORIGIN, self.tokenizer)
         self.stream = PromptStream(config, self.tokenizer, self.teacher)
+        self.symbols = torch.tensor(self.stream.wordings[0].option_symbols(26))
 
     def run(self) -> Path:
         """Run the stages that are not finished, and return the folder of the finished backbone."""
@@ -150,8 +154,7 @@ class Trainer:
         self._stage("represent", config.represent_steps, local, config.represent_rate, self._represent)
         if not (self.out / "match.safetensors").exists():
             bank = self._bank()
-            anchors = torch.cat([e.states[e.roles > 0] for e in bank[:200]]).float()
-            start_matching(student, anchors)
+            start_matching(student, *shown_symbols(bank[:1500]))
             self._stage("match", config.match_steps, top, config.match_rate, lambda _: self._match(bank))
             del bank
         else:
@@ -172,9 +175,12 @@ class Trainer:
     def _represent(self, window: int) -> Iterator[tuple[int, Tensor, dict[str, float]]]:
         for number, drawn in self.stream.batches("common", window):
             prompts = [one.prompt for one in drawn]
-            hidden = self.student.read(Batch.of_prompts(prompts))
+            batch = Batch.of_prompts(prompts)
+            hidden = self.student.read(batch)
             distance = self.student.distance(hidden, prompts, self.teacher)
-            yield number, distance, {"distance": distance.item()}
+            forgetting = self.student.forgetting(hidden, batch, self.symbols)
+            report = {"distance": distance.item(), "forgetting": forgetting.item()}
+            yield number, distance + self.config.symbols * forgetting, report
 
     def _match(self, bank: list[Entry]) -> Iterator[tuple[int, Tensor, dict[str, float]]]:
         rng = random.Random(f"{self.config.seed}/match")

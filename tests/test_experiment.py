@@ -102,8 +102,10 @@ def test_every_method_gets_rows_and_a_second_run_measures_nothing(
     for row in rows:
         assert row["command"] == "the command"
         assert row["hardware"] and row["versions"]["torch"]
-        if row["kind"] == "measure":
+        if row["kind"] == "measure" and row["metric"] != "expected_calibration_error":
             assert row["low"] <= row["value"] <= row["high"]
+    assert all(0 <= row["value"] <= 1 for row in of(rows, metric="expected_calibration_error"))
+    assert of(rows, metric="share of right options offered", method="tags")
     plain = {r["template"]: r for r in of(closed, method="plain")}
     two = [plain[name]["accuracy"] for name in ("plain_heldout_01", "plain_heldout_02")]
     assert plain["mean"]["accuracy"] == pytest.approx(np.mean(two), abs=2e-5)
