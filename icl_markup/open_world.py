@@ -61,7 +61,7 @@ def decided(cell: Cell, validation: Cell | None) -> NDArray[np.bool_] | None:
     if threshold is None:
         return None
     out = cell.answers[0] == cell.none
-    return np.where(cell.out_of_scope[0] > threshold, out, cell.right_inside & ~out)
+    return np.asarray(np.where(cell.out_of_scope[0] > threshold, out, cell.right_inside & ~out), dtype=np.bool_)
 
 
 def _threshold(validations: Sequence[Cell]) -> float | None:

@@ -33,6 +33,7 @@ DPI = 110
 # the members of a family apart. Its yellow is too light for lines on white.
 _FAMILIES = {
     "plain": "#0072B2",
+    "plain, seen wordings": "#0072B2",
     "tags": "#D55E00",
     "tags_untrained": "#E69F00",
     "prompt_tuning": "#CC79A7",
@@ -43,6 +44,7 @@ _FAMILIES = {
     "embedding_logreg": "#009E73",
     "tfidf_logreg": "#56B4E9",
     "setfit": "#56B4E9",
+    "retrieval": "#009E73",
     "majority": "#8c8c8c",
     "label_names": "#8c8c8c",
     "chance": "#8c8c8c",

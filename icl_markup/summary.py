@@ -100,6 +100,8 @@ def summarise(
     for group in groups:
         common = _common(group, config, command)
         rows += _accuracies(group, common, selected)
+        if group.method != "chance" and group.setting.vary == "nothing" and not group.setting.open_world:
+            rows += _calibration_errors(group, common)
         rows += _spreads(group, common)
         if group.setting.open_world:
             rows += open_world_rows({group.named(v): cells for v, cells in group.variants.items()}, common)
@@ -193,8 +195,6 @@ def _accuracies(group: Group, common: Row, selected: dict[str, list[Cell]]) -> I
         cut = {key: sum(m.cell.facts[key] for m in cells) for key in ("shortened", "dropped")}
         parameters = {"trainable_parameters": cells[0].variant.parameters}
         yield measure_row({**common, **parameters}, group.named(label), "accuracy", value, **cut)
-        if group.setting.vary == "nothing" and not group.setting.open_world:
-            yield _calibration_error({**common, **parameters}, group.named(label), cells)
     if len(means) > 1:
         spread = {"minimum": min(means.values()), "maximum": max(means.values())}
         rounded = {key: round(value, 5) for key, value in spread.items()}
@@ -212,12 +212,23 @@ def _accuracies(group: Group, common: Row, selected: dict[str, list[Cell]]) -> I
             )
 
 
-def _calibration_error(common: Row, label: str, cells: Sequence[Measured]) -> Row:
-    """Return how far the probability of the chosen option is from how often it is right (Guo et al. 2017)."""
-    confidence = np.concatenate([m.cell.confidence[0] for m in cells])
-    correct = np.concatenate([m.cell.correct[0] for m in cells])
-    value = round(confidence_error(confidence, correct), 5)
-    return {"kind": "measure", **common, "template": label, "metric": "expected_calibration_error", "value": value}
+def _calibration_errors(group: Group, common: Row) -> Iterator[Row]:
+    """Yield how far the probability of the chosen option is from how often it is right (Guo et al. 2017)."""
+    errors = {}
+    for label, cells in group.variants.items():
+        confidence = np.concatenate([m.cell.confidence[0] for m in cells])
+        correct = np.concatenate([m.cell.correct[0] for m in cells])
+        errors[group.named(label)] = confidence_error(confidence, correct)
+    if len(errors) > 1:
+        ends = {"minimum": round(min(errors.values()), 5), "maximum": round(max(errors.values()), 5)}
+        mean = float(np.mean([*errors.values()]))
+        yield {**_error_row(common, group.named("mean"), mean), **ends, "variants": len(errors)}
+    yield from (_error_row(common, label, error) for label, error in errors.items())
+
+
+def _error_row(common: Row, label: str, error: float) -> Row:
+    metric = "expected_calibration_error"
+    return {"kind": "measure", **common, "template": label, "metric": metric, "value": round(error, 5)}
 
 
 def _recall(group: Group, common: Row) -> Row:

@@ -34,6 +34,7 @@ from icl_markup.episodes import Demo, Episode, Option, Query
 from icl_markup.errors import BackboneError, ConfigError, PromptError
 from icl_markup.evaluation import draw_episodes
 from icl_markup.method import EpisodeScores, Method
+from icl_markup.retrieval import NearestLabel
 from icl_markup.sentences import SentenceEncoder
 from icl_markup.tasks import NONE_OF_THE_ABOVE
 from tests.conftest import tiny_backbone, tiny_task
@@ -70,6 +71,7 @@ METHODS: dict[str, Callable[[SentenceEncoder], Method]] = {
     "logreg": EmbeddingLogReg,
     "logreg without names": lambda encoder: EmbeddingLogReg(encoder, names=False, out_of_scope="max_probability"),
     "tfidf": lambda encoder: TfidfLogReg(),
+    "retrieval": NearestLabel,
     "setfit": setfit,
     "setfit without names": lambda encoder: setfit(encoder, names=False, out_of_scope="max_probability"),
 }

@@ -19,6 +19,7 @@ from icl_markup.errors import EvaluationError
 from icl_markup.out_of_scope import (
     at_threshold,
     choose_threshold,
+    confidence_error,
     confusion,
     detection,
     detection_intervals,
@@ -257,3 +258,18 @@ def test_errors_name_the_argument() -> None:
     for call, name in bad:
         with pytest.raises(EvaluationError, match=name):
             call()
+
+
+@given(SEEDS)
+@FAST
+def test_the_error_of_confidences_is_that_of_the_distributions_they_come_from(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    rows = rng.dirichlet(np.ones(5), size=60)
+    answers = rng.integers(0, 5, size=60)
+    error = confidence_error(rows.max(axis=1), rows.argmax(axis=1) == answers)
+    assert error == expected_calibration_error(rows, answers)
+
+
+def test_a_confidence_below_one_half_is_no_confidence_in_something_else() -> None:
+    assert confidence_error([0.3] * 10, [True] * 3 + [False] * 7) == pytest.approx(0)
+    assert confidence_error([0.3] * 10, [True] * 10) == pytest.approx(0.7)
