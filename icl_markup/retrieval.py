@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import log_softmax
 
+from icl_markup.baselines import Problem
 from icl_markup.episodes import Episode
 from icl_markup.experiment_config import RetrievalConfig
 from icl_markup.method import EpisodeScores, Method
@@ -102,9 +103,14 @@ class NearestLabel:
     encoder: SentenceEncoder
 
     def scores(self, episodes: Sequence[Episode]) -> list[EpisodeScores]:
-        """Score every query of every episode; one result an episode, in order."""
+        """Score every query of every episode; one result an episode, in order.
+
+        Raises:
+            PromptError: an episode has no option besides "none of the above".
+        """
         results = []
         for episode in episodes:
+            Problem.of(episode)  # which refuses that
             near = label_similarity(self.encoder, episode, self.encoder.encode([q.text for q in episode.queries]))
             log_probs = log_softmax(near.astype(np.float64) / TEMPERATURE, axis=1)
             missing = len(episode.options) - log_probs.shape[1]

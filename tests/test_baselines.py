@@ -75,7 +75,8 @@ METHODS: dict[str, Callable[[SentenceEncoder], Method]] = {
     "setfit": setfit,
     "setfit without names": lambda encoder: setfit(encoder, names=False, out_of_scope="max_probability"),
 }
-LEARNERS = [name for name in METHODS if name != "majority"]
+# Retrieval takes the mean of a label's two nearest texts: with one text equal to the query it may not put it first.
+LEARNERS = [name for name in METHODS if name not in ("majority", "retrieval")]
 
 
 @pytest.fixture(params=METHODS)
