@@ -19,6 +19,7 @@ from icl_markup.cells import Cell, cell_name
 from icl_markup.config import load_config
 from icl_markup.drawing import draw, vary
 from icl_markup.episodes import Episode
+from icl_markup.errors import ConfigError, nearest
 from icl_markup.experiment_config import ExperimentConfig, Setting
 from icl_markup.method import Method
 from icl_markup.readers import TaskSource, read_task
@@ -66,6 +67,11 @@ def run_experiment(config: ExperimentConfig, command: str, *, progress: bool = T
     tasks = _read(config.tasks)
     chain = _Chain(config, command)
     selected = chain.select(_read(config.selection_tasks))
+    for place, setting in enumerate(config.settings):
+        for name in setting.tasks or []:
+            if name not in {task.name for task in tasks}:
+                known = [task.name for task in tasks]
+                raise ConfigError(f"settings.{place}.tasks names {name!r}, which is no task here{nearest(name, known)}")
     plan = [(s, t) for s, t in product(config.settings, tasks) if s.tasks is None or t.name in s.tasks]
     total = sum(len(chain.wanted(setting)) for setting, _ in plan) * len(config.seeds)
     rows: list[dict[str, Any]] = []
@@ -76,7 +82,8 @@ def run_experiment(config: ExperimentConfig, command: str, *, progress: bool = T
             measured = [one for seed in config.seeds for one in chain.measure(task, setting, seed, bar)]
             rows = corrected([*rows, *summarise(measured, selected, config, command)])
             write_rows(part, rows, replace=True)
-    part.replace(output)
+    write_rows(output, rows, replace=True)
+    part.unlink(missing_ok=True)
     return rows
 
 

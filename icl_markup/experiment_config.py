@@ -182,7 +182,7 @@ class ExperimentConfig:
     """The method that every other one is compared with."""
 
     output: str = "results/experiment.jsonl"
-    """The file of rows, written anew from the cells whenever one is finished."""
+    """The file of rows, written when every cell is finished; until then they are in a file beside it (``.part``)."""
 
     cells: str = "runs/cells"
     """The folder of finished cells: answers that are there are not measured again."""

@@ -55,10 +55,10 @@ def decided(cell: Cell, validation: Cell | None) -> NDArray[np.bool_] | None:
 
     A query is rejected where its out-of-scope score lies above the threshold, else it has the best label's answer: so
     methods that can and that cannot predict "none of the above" themselves are asked the same. None where nothing
-    chooses a threshold.
+    chooses a threshold, or every query has one score.
     """
     threshold = _threshold([validation]) if validation is not None else None
-    if threshold is None:
+    if threshold is None or np.ptp(cell.out_of_scope[0]) == 0:
         return None
     out = cell.answers[0] == cell.none
     return np.asarray(np.where(cell.out_of_scope[0] > threshold, out, cell.right_inside & ~out), dtype=np.bool_)

@@ -23,7 +23,7 @@ _METHODS = (
     "majority",
     "label_names",
     "plain",
-    "plain, seen wordings",
+    "plain_seen",
     "tags_untrained",
     "tags",
     "prompt_tuning",

@@ -28,7 +28,7 @@ METHODS = {
     "majority": "the most frequent label of the demonstrations",
     "label_names": "a prompt in plain words, with options and without demonstrations",
     "plain": "prompts in plain words, in several wordings that the embedded backbone was not trained on",
-    "plain, seen wordings": "prompts in plain words, in the wordings that the embedded backbone was trained on",
+    "plain_seen": "prompts in plain words, in the wordings that the embedded backbone was trained on",
     "tags_untrained": "prompts with tags as they are initialised",
     "tags": "prompts with warmed-up tags; the language model is frozen",
     "prompt_tuning": "one block of trained soft tokens before a prompt in plain words",

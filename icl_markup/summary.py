@@ -22,7 +22,7 @@ from icl_markup.variants import Variant
 CONFUSED = 12
 """Labels of a confusion matrix: those that are confused most."""
 
-CHOICES = {"plain": "wording", "plain, seen wordings": "wording", "tags": "warm-up seed"}
+CHOICES = {"plain": "wording", "plain_seen": "wording", "tags": "warm-up seed"}
 """What the variants of a method are an arbitrary choice of."""
 
 OTHERS = "all other labels"
@@ -106,7 +106,7 @@ def summarise(
         if group.setting.open_world:
             rows += open_world_rows({group.named(v): cells for v, cells in group.variants.items()}, common)
         if group.setting.retrieval is not None and group.method == config.reference:
-            rows.append(_recall(group, common))
+            rows += _recall(group, common)
         if group.setting.vary == "nothing":
             rows += curves(next(iter(group.variants.values())), common)
         if group.setting.n_way is None and group.method == config.reference:
@@ -198,9 +198,10 @@ def _accuracies(group: Group, common: Row, selected: dict[str, list[Cell]]) -> I
     if len(means) > 1:
         spread = {"minimum": min(means.values()), "maximum": max(means.values())}
         rounded = {key: round(value, 5) for key, value in spread.items()}
-        yield measure_row(
-            common, group.named("mean"), "accuracy", interval(group.correct(), episodes), **rounded, variants=len(means)
-        )
+        every = [m.cell.facts for cells in group.variants.values() for m in cells]
+        cut = {key: sum(facts[key] for facts in every) for key in ("shortened", "dropped")}
+        whole = interval(group.correct(), episodes)
+        yield measure_row(common, group.named("mean"), "accuracy", whole, **rounded, **cut, variants=len(means))
         best = best_on_validation(group, selected)
         if best is not None:
             yield measure_row(
@@ -218,12 +219,14 @@ def _calibration_errors(group: Group, common: Row) -> Iterator[Row]:
     for label, cells in group.variants.items():
         confidence = np.concatenate([m.cell.confidence[0] for m in cells])
         correct = np.concatenate([m.cell.correct[0] for m in cells])
-        errors[group.named(label)] = confidence_error(confidence, correct)
+        errors[label] = confidence_error(confidence, correct)
     if len(errors) > 1:
         ends = {"minimum": round(min(errors.values()), 5), "maximum": round(max(errors.values()), 5)}
         mean = float(np.mean([*errors.values()]))
         yield {**_error_row(common, group.named("mean"), mean), **ends, "variants": len(errors)}
-    yield from (_error_row(common, label, error) for label, error in errors.items())
+    for label, error in errors.items():
+        parameters = {"trainable_parameters": group.variants[label][0].variant.parameters}
+        yield _error_row({**common, **parameters}, group.named(label), error)
 
 
 def _error_row(common: Row, label: str, error: float) -> Row:
@@ -231,12 +234,13 @@ def _error_row(common: Row, label: str, error: float) -> Row:
     return {"kind": "measure", **common, "template": label, "metric": metric, "value": round(error, 5)}
 
 
-def _recall(group: Group, common: Row) -> Row:
-    """Return how often retrieval offers the right option: the ceiling of a method that it chooses options for."""
+def _recall(group: Group, common: Row) -> Iterator[Row]:
+    """Yield how often retrieval offers the right option: the ceiling of a method that it chooses options for."""
     losses = [m.cell.loss[0][m.cell.answers[0] != m.cell.none] for m in next(iter(group.variants.values()))]
     found = np.isfinite(np.concatenate(losses))
-    value = interval(found.astype(float)[None], np.zeros(len(found), dtype=np.int64))
-    return measure_row(common, group.named("retriever"), "share of right options offered", value)
+    if len(found) > 1:
+        value = interval(found.astype(float)[None], np.zeros(len(found), dtype=np.int64))
+        yield measure_row(common, group.named("retriever"), "right option offered, %", value)
 
 
 def best_on_validation(group: Group, selected: dict[str, list[Cell]]) -> str | None:
@@ -283,7 +287,12 @@ def _spread_row(common: Row, over: str, value: Estimate) -> Row:
 
 
 def _confusion(group: Group, common: Row) -> Iterator[Row]:
-    """Yield the confusion matrix of the labels that are confused most, where every episode offers the same labels."""
+    """Yield the confusion matrix of the labels that are confused most, where every episode offers the same labels.
+
+    None in an open world, where a threshold decides, and not the largest score.
+    """
+    if group.setting.open_world:
+        return
     label, cells = next(iter(group.variants.items()))
     names = cells[0].cell.facts.get("labels")
     if names is None or any(m.cell.facts.get("labels") != names for m in cells):

@@ -21,7 +21,7 @@ OUT_OF_SCOPE = {
 }
 CALIBRATION = {"log_loss": "log loss, nats", "expected_calibration_error": "expected calibration error, %"}
 SPREADS = ("wording", "demo order", "option order", "drawn demos", "warm-up seed")
-_PERCENT = {"accuracy", "expected_calibration_error", *OUT_OF_SCOPE}
+_PERCENT = {"accuracy", "expected_calibration_error", "right option offered, %", *OUT_OF_SCOPE}
 # Beyond these many columns a table of tasks is turned on its side, so that it fits a page.
 _WIDEST = 8
 
@@ -136,7 +136,10 @@ def _queries(row: Row) -> int:
 def _accuracy_note(rows: Sequence[Row]) -> str:
     note = "In %, with 95 % interval; **bold**: the best of a task."
     if any(row.data.get("open_world") for row in rows):
-        note += " Queries are rejected at a threshold of the out-of-scope score that validation chose."
+        note += (
+            " Queries are rejected at a threshold of the out-of-scope score that validation chose; a method without "
+            "such a score, or a task without such queries in validation, has the largest score's answer."
+        )
     fewer = {
         row.task: row.data["mean_options"]
         for row in rows

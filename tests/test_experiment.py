@@ -53,6 +53,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             {"n_way": 3, "k_shot": 1, "vary": "demo order", "variations": 3},
             {"n_way": None, "k_shot": 2, "open_world": True, "episodes": 2, "queries": 12,
              "retrieval": {"options": 2, "demos": 3}},
+            {"n_way": None, "k_shot": 2, "episodes": 2, "queries": 6},
         ],
         "methods": [
             {"name": "chance"},
@@ -105,7 +106,7 @@ def test_every_method_gets_rows_and_a_second_run_measures_nothing(
         if row["kind"] == "measure" and row["metric"] != "expected_calibration_error":
             assert row["low"] <= row["value"] <= row["high"]
     assert all(0 <= row["value"] <= 1 for row in of(rows, metric="expected_calibration_error"))
-    assert of(rows, metric="share of right options offered", method="tags")
+    assert of(rows, metric="right option offered, %", method="tags")
     plain = {r["template"]: r for r in of(closed, method="plain")}
     two = [plain[name]["accuracy"] for name in ("plain_heldout_01", "plain_heldout_02")]
     assert plain["mean"]["accuracy"] == pytest.approx(np.mean(two), abs=2e-5)
@@ -120,7 +121,8 @@ def test_every_method_gets_rows_and_a_second_run_measures_nothing(
     assert {row["over"] for row in of(rows, kind="spread")} == {"wording", "warm-up seed", "demo order"}
     assert of(rows, kind="comparison", against="plain (mean)")
     assert all(row["p_adjusted"] >= row["p_value"] for row in of(rows, kind="comparison"))
-    assert of(rows, kind="curve", curve="roc") and of(rows, kind="confusion")
+    assert of(rows, kind="curve", curve="roc") and of(rows, kind="curve", curve="risk_coverage", open_world=True)
+    assert of(rows, kind="confusion", open_world=False) and not of(rows, kind="confusion", open_world=True)
 
     def refuse(*_args: object, **_more: object) -> None:
         raise AssertionError("a finished cell was measured again")
@@ -183,6 +185,14 @@ def test_errors_name_the_method_and_the_remedy(workplace: Path, method: dict, me
     (workplace / "wrong.yaml").write_text(yaml.safe_dump(tree))
     with pytest.raises((ConfigError, EvaluationError, ValueError), match=message):
         run_experiment(load_experiment("wrong.yaml"), "c", progress=False)
+
+
+def test_a_setting_names_tasks_that_there_are(workplace: Path) -> None:
+    settings = '[{n_way: 2, tasks: ["tasks"]}]'
+    config = load_experiment("experiment.yaml", ["--methods", "[{name: majority}]", "--settings", settings])
+    with pytest.raises(ConfigError, match=r"settings.0.tasks names 'tasks'.* did you mean 'task'"):
+        run_experiment(config, "c", progress=False)
+    assert not Path("rows.jsonl").exists()
 
 
 def test_every_shipped_experiment_is_a_valid_configuration() -> None:

@@ -44,6 +44,8 @@ def test_in_an_open_world_validation_chooses_what_is_rejected() -> None:
 def test_nothing_is_decided_without_both_kinds_of_validation_queries() -> None:
     asked = cell([0, 2], [0, 0], [0.1, 0.9], none=2)
     assert decided(asked, None) is None
+    alike = cell([0, 2], [0, 0], [0.5, 0.5], none=2)
+    assert decided(alike, cell([0, 2], [0, 0], [0.5, 0.5], none=2)) is None
     assert decided(asked, cell([0, 1], [0, 1], [0.1, 0.2], none=2)) is None
 
 
