@@ -59,7 +59,9 @@ def test_warm_up_evaluate_predict_show_and_inspect(workplace: Path, capsys: pyte
 
     assert main(["evaluate", "experiment.yaml"]) == 0
     rows = [json.loads(line) for line in (workplace / "rows.jsonl").read_text().splitlines()]
-    measured = [row for row in rows if row["kind"] == "measure"]
+    of_metric = {row["metric"] for row in rows if row["kind"] == "measure"}
+    assert of_metric == {"accuracy", "expected_calibration_error"}
+    measured = [row for row in rows if row["kind"] == "measure" and row["metric"] == "accuracy"]
     assert len(measured) == 2 * (1 + 2 + 1 + 1 + 1)  # settings x variants, and the mean of the two wordings
     for row in measured:
         assert 0 <= row["low"] <= row["accuracy"] <= row["high"] <= 1
