@@ -20,7 +20,15 @@ from icl_markup.batching import Batch
 from icl_markup.errors import BackboneError
 from icl_markup.layout import Kind, Layout
 from icl_markup.loading import DTYPES, BackboneConfig, checkpoint_gradients, length_limit, load_pretrained
-from icl_markup.segments import HEAD, encoder_layers, local_layers, longest_prompt, segment_attention
+from icl_markup.segments import (
+    HEAD,
+    Reading,
+    encoder_layers,
+    local_layers,
+    longest_prompt,
+    segment_attention,
+    set_global_heads,
+)
 from icl_markup.tags import TagTable, substituted
 from icl_markup.text import TextEncoder
 
@@ -76,6 +84,7 @@ class Backbone:
         self.max_length = max_length or limit or length_limit(model, tokenizer)
         if self.local_layers:
             encoder_layers(model)
+            set_global_heads(model)
         self._check_head()
         if self.local_layers:
             self._check_segments()
@@ -174,14 +183,16 @@ class Backbone:
         if self.kind != "masked":
             inputs["use_cache"] = False
         tags = substituted(self.embedding, table) if table is not None else nullcontext()
-        with tags, self._head_bypassed() as kept, self.autocast(), self._segments(batch) as more:
-            self.model(**inputs, **more)
-        return kept[0][batch.rows.to(self.device), batch.positions.to(self.device)]
+        with tags, self._head_bypassed() as kept, self.autocast(), self._segments(batch) as reading:
+            self.model(**inputs, **reading.inputs)
+        rows = batch.rows.to(self.device)
+        return kept[0][rows, reading.positions(rows, batch.positions.to(self.device))]
 
-    def _segments(self, batch: Batch) -> AbstractContextManager[dict[str, Tensor]]:
+    def _segments(self, batch: Batch) -> AbstractContextManager[Reading]:
         if not self.local_layers or batch.segments is None:
-            return nullcontext({})
-        return segment_attention(self.model, batch.segments.to(self.device))
+            return nullcontext(Reading({}, None))
+        anchors = None if batch.anchors is None else batch.anchors.to(self.device)
+        return segment_attention(self.model, batch.segments.to(self.device), anchors)
 
     def _decoder_ids(self, batch: Batch) -> Tensor:
         start = self.model.config.decoder_start_token_id
@@ -256,7 +267,9 @@ class Backbone:
             segments.append([number for number, part in parts for _ in part])
         slots = [(row, line.index(self.layout.mask_id)) for row, line in enumerate(ids)]
         tokens = self.vocabulary[:26].cpu().expand(2, -1)
-        first, second = self.candidate_logits(Batch.of_ids(ids, slots, tokens, segments=segments)).cpu()
+        anchors = [[token == self.layout.mask_id for token in line] for line in ids]
+        batch = Batch.of_ids(ids, slots, tokens, segments=segments, anchors=anchors)
+        first, second = self.candidate_logits(batch).cpu()
         exact = self.precision == "none" and self._head.weight.dtype == torch.float32
         scale = first.abs().max().clamp(min=1.0)
         if not torch.allclose(first / scale, second / scale, atol=1e-4 if exact else 0.05):

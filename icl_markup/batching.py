@@ -28,6 +28,7 @@ class Batch:
         decoder_ids: what a sequence-to-sequence decoder is given after its start token, or None.
         segments: the part of the prompt each token belongs to (`icl_markup.segments`), (prompts, longest); all 0
             where they are not known.
+        anchors: which tokens are option symbols or slots, bool, the same shape; None where they are not known.
     """
 
     input_ids: Tensor
@@ -40,6 +41,7 @@ class Batch:
     is_query: Tensor
     decoder_ids: Tensor | None = None
     segments: Tensor | None = None
+    anchors: Tensor | None = None
 
     @classmethod
     def of_ids(
@@ -54,16 +56,20 @@ class Batch:
         pad_id: int = 0,
         decoder_ids: Tensor | None = None,
         segments: Sequence[Sequence[int]] | None = None,
+        anchors: Sequence[Sequence[bool]] | None = None,
     ) -> Batch:
         """Pad lists of ids; `slots` are pairs of (prompt, position)."""
         longest = max(map(len, ids))
         input_ids = torch.full((len(ids), longest), pad_id, dtype=torch.long)
         attention_mask = torch.zeros_like(input_ids)
         parts = torch.full_like(input_ids, PADDING)
+        marked = torch.zeros_like(input_ids, dtype=torch.bool) if anchors is not None else None
         for row, line in enumerate(ids):
             input_ids[row, : len(line)] = torch.tensor(line)
             attention_mask[row, : len(line)] = 1
             parts[row, : len(line)] = torch.tensor(segments[row]) if segments is not None else 0
+            if marked is not None and anchors is not None:
+                marked[row, : len(line)] = torch.tensor(anchors[row])
         index = torch.tensor(slots, dtype=torch.long).reshape(-1, 2)
         return cls(
             input_ids,
@@ -76,6 +82,7 @@ class Batch:
             torch.tensor(is_query if is_query is not None else [True] * len(slots), dtype=torch.bool),
             decoder_ids,
             parts,
+            marked,
         )
 
     @classmethod
@@ -97,6 +104,7 @@ class Batch:
             is_query=[slot.is_query for _, slot in slots],
             pad_id=pad_id,
             segments=[prompt.segments for prompt in prompts],
+            anchors=[prompt.anchors for prompt in prompts],
         )
 
 

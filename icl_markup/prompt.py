@@ -57,3 +57,8 @@ class Prompt:
     def segments(self) -> tuple[int, ...]:
         """The segment of each id."""
         return tuple(piece.segment for piece in self.pieces for _ in piece.ids)
+
+    @cached_property
+    def anchors(self) -> tuple[bool, ...]:
+        """Which ids are option symbols or slots."""
+        return tuple(piece.kind in ("symbol", "slot") for piece in self.pieces for _ in piece.ids)

@@ -7,6 +7,11 @@ demonstration or a query) and to the prompt's head; the layers above also attend
 Positions begin anew in each segment. Nothing attends to a query but that query, so that queries in one prompt
 do not see each other, and the order of options and demonstrations has no influence. The same idea, with parallel
 windows in a causal model: Ratner et al. 2023 (arXiv 2212.10947).
+
+With ``"anchors": true`` the layers above attend, besides the head, to option symbols and slots alone: each is the one
+place where its segment's text is summed up (label words as anchors: Wang et al. 2023, arXiv 2305.14160). With
+``"global_heads": h`` those layers have h attention heads instead of the model's own number: a head compares texts
+in as many dimensions as it is wide, and the 32 of a small encoder are too few to tell close labels apart.
 """
 
 from __future__ import annotations
@@ -14,7 +19,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +34,7 @@ are numbered upwards from 1, queries downwards from -1."""
 PADDING = -(2**31)
 """The segment of padding, which nothing sees."""
 
-_SETTINGS = {"local_layers": 0, "max_length": 2048}
+_SETTINGS: dict[str, int | bool] = {"local_layers": 0, "max_length": 2048, "global_heads": 0, "anchors": False}
 """What ``icl_markup`` in a model's configuration may say, with the defaults."""
 
 
@@ -68,9 +73,43 @@ def _setting(model: PreTrainedModel, key: str, least: int) -> int:
             hint = nearest(str(name), _SETTINGS)
             raise BackboneError(f"icl_markup {where} has an unknown key {name!r}{hint}; it may have {known}")
     value = settings.get(key, _SETTINGS[key])
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+    if isinstance(_SETTINGS[key], bool):
+        if not isinstance(value, bool):
+            raise BackboneError(f"icl_markup.{key} {where} is {value!r}; it must be true or false")
+    elif not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise BackboneError(f"icl_markup.{key} {where} is {value!r}; it must be a whole number of at least {least}")
     return value
+
+
+def looks_at_anchors(model: PreTrainedModel) -> bool:
+    """Return whether the layers above the local ones attend to the head, symbols and slots alone.
+
+    Raises:
+        BackboneError: the configuration says something that cannot be.
+    """
+    return bool(_setting(model, "anchors", least=0))
+
+
+def set_global_heads(model: PreTrainedModel) -> None:
+    """Give the layers above the local ones as many attention heads as the model's configuration says; 0: as they are.
+
+    Raises:
+        BackboneError: that number does not divide the layers' width, or their attention is not like BERT's.
+    """
+    heads = _setting(model, "global_heads", least=0)
+    if not heads:
+        return
+    for layer in encoder_layers(model)[local_layers(model) :]:
+        attentions = [m for m in layer.modules() if hasattr(m, "num_attention_heads") and hasattr(m, "all_head_size")]
+        if len(attentions) != 1 or attentions[0].all_head_size % heads:
+            raise BackboneError(
+                f"icl_markup.global_heads in the model's config.json is {heads}, which does not fit the attention of "
+                f"{type(model).__name__}"
+            )
+        attention: Any = attentions[0]
+        attention.num_attention_heads = heads
+        attention.attention_head_size = attention.all_head_size // heads
+        attention.scaling = attention.attention_head_size**-0.5
 
 
 def position_ids(segments: Tensor, limit: int) -> Tensor:
@@ -99,13 +138,33 @@ def visible(segments: Tensor) -> tuple[Tensor, Tensor]:
     return same | (seen == HEAD), same | (seen >= HEAD)
 
 
+class Reading(NamedTuple):
+    """What a model that reads by segments is given, and where it puts its states.
+
+    Attributes:
+        inputs: further inputs of the model.
+        places: where the states of the prompts' tokens stand in the model's output, shape (prompts, longest); None
+            where they stand as they are. Tokens that global layers do not look at have no state there.
+    """
+
+    inputs: dict[str, Tensor]
+    places: Tensor | None
+
+    def positions(self, rows: Tensor, positions: Tensor) -> Tensor:
+        """Return where the states of the tokens at (rows, positions), anchors, stand in the model's output."""
+        return positions if self.places is None else self.places[rows, positions]
+
+
 @contextmanager
-def segment_attention(model: PreTrainedModel, segments: Tensor) -> Iterator[dict[str, Tensor]]:
+def segment_attention(model: PreTrainedModel, segments: Tensor, anchors: Tensor | None = None) -> Iterator[Reading]:
     """While active, a call of `model` attends by segments; yields the further inputs that the call needs.
 
     Args:
         model: a masked model whose layers take an attention mask.
         segments: the segment of each token, shape (prompts, longest).
+        anchors: where symbols and slots are, bool, the same shape; None where they are not known, or where whole names
+            stand for symbols: global layers then see every token, whatever the model's configuration says. Where they
+            see anchors alone, they are given nothing else to work on.
 
     Raises:
         BackboneError: the model cannot attend by segments (see `encoder_layers`), or its layers recompute their
@@ -117,16 +176,44 @@ def segment_attention(model: PreTrainedModel, segments: Tensor) -> Iterator[dict
             "gradient checkpointing of a model that reads by segments needs a newer version of transformers; update "
             "it, or switch gradient_checkpointing off"
         )
-    local, everywhere = visible(segments)
     count = local_layers(model)
-    masked = [_masked(local, layers[0]), _masked(everywhere, layers[0])]
     offset = 0 if positions.padding_idx is None else positions.padding_idx + 1  # RoBERTa counts on from there
-    more = {"position_ids": position_ids(segments, positions.num_embeddings - offset) + offset}
+    inputs = {"position_ids": position_ids(segments, positions.num_embeddings - offset) + offset}
+    local, everywhere = visible(segments)
+    kept, places = None, None
+    if anchors is not None and looks_at_anchors(model) and count < len(layers):
+        kept, places = _kept(anchors | (segments == HEAD))
+        everywhere = visible(segments.gather(1, kept.clamp(min=0)).masked_fill(kept < 0, PADDING))[1]
     with ExitStack() as hooks:
+        local_hook, global_hook = _masked(local, layers[0]), _masked(everywhere, layers[0])
         for number, layer in enumerate(layers):
-            hook = masked[0] if number < count else masked[1]
+            hook = local_hook if number < count else global_hook
             hooks.enter_context(layer.register_forward_pre_hook(hook, with_kwargs=True))
-        yield more
+        if kept is not None:
+            # Hooks that are registered later, but first in line: the mask takes its type from what it is given.
+            gather = layers[count].register_forward_pre_hook(_gathered(kept), with_kwargs=True, prepend=True)
+            hooks.enter_context(gather)
+        yield Reading(inputs, places)
+
+
+def _kept(wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the positions of wanted tokens, (prompts, most wanted), -1 beyond a prompt's last, and their inverse."""
+    counts = wanted.sum(1)
+    kept = (~wanted).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(counts.max())]
+    beyond = torch.arange(kept.shape[1], device=kept.device) >= counts[:, None]
+    return kept.masked_fill(beyond, -1), wanted.cumsum(1) - 1
+
+
+def _gathered(kept: Tensor) -> Callable[..., Any]:
+    """Return a hook that gives a layer the states of some tokens alone."""
+
+    def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        states = args[0] if args else kwargs["hidden_states"]
+        index = kept.clamp(min=0)[..., None].expand(-1, -1, states.shape[-1])
+        chosen = states.gather(1, index)
+        return ((chosen, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": chosen})
+
+    return hook
 
 
 def encoder_layers(model: PreTrainedModel) -> nn.ModuleList:

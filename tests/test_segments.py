@@ -23,7 +23,7 @@ from icl_markup.errors import BackboneError, PromptError
 from icl_markup.model import MarkupModel
 from icl_markup.names import name_scores
 from icl_markup.prompt import Prompt
-from icl_markup.segments import HEAD, PADDING, encoder_layers, position_ids, segment_attention
+from icl_markup.segments import HEAD, PADDING, encoder_layers, position_ids, segment_attention, visible
 from icl_markup.template import Template
 from tests.conftest import byte_level_tokenizer, tiny_backbone, wordpiece_tokenizer
 from tests.test_text import FAST
@@ -73,13 +73,21 @@ def network(kind: str, *, layers: int = 3, positions: int = 258, seed: int = 0) 
     return transformers.ModernBertForMaskedLM(transformers.ModernBertConfig(**sizes, **special, **wide)), tokenizer
 
 
-def segmented(kind: str, local: int = LOCAL, *, attention: str = "eager", **options: Any) -> Backbone:
+def segmented(
+    kind: str,
+    local: int = LOCAL,
+    *,
+    attention: str = "eager",
+    anchors: bool = False,
+    global_heads: int = 0,
+    **options: Any,
+) -> Backbone:
     """A backbone whose lower layers read by segments; `local` 0 leaves the setting away."""
     sizes = {name: options.pop(name) for name in ("layers", "positions", "seed") if name in options}
     model, tokenizer = network(kind, **sizes)
     model.set_attn_implementation(attention)
     if local:
-        model.config.icl_markup = {"local_layers": local}
+        model.config.icl_markup = {"local_layers": local, "anchors": anchors, "global_heads": global_heads}
     return Backbone(model, tokenizer, "masked", name=f"segmented-{kind}", **options)
 
 
@@ -100,8 +108,8 @@ def states(model: MarkupModel, prompts: Sequence[Prompt]) -> tuple[torch.Tensor,
     """Hidden states after the embeddings and after each layer, (prompts, longest, width) each."""
     batch = Batch.of_prompts(prompts, model.pad_id)
     assert batch.segments is not None
-    with segment_attention(model.backbone.model, batch.segments) as more:
-        out = model.backbone.model(batch.input_ids, batch.attention_mask, output_hidden_states=True, **more)
+    with segment_attention(model.backbone.model, batch.segments) as reading:
+        out = model.backbone.model(batch.input_ids, batch.attention_mask, output_hidden_states=True, **reading.inputs)
     return tuple(out.hidden_states)
 
 
@@ -142,6 +150,53 @@ def test_queries_in_one_prompt_score_as_they_do_alone(kind: str, local: int, tem
     singly = torch.cat([logits(model, [model.markup.compose(single)]) for single in alone(EPISODE)])
     assert torch.allclose(together, singly, atol=1e-5)
     assert together.std() > 0.05, "the scores say nothing"
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=NAMES)
+@pytest.mark.parametrize("local", [1, LOCAL, 3])
+@pytest.mark.parametrize("kind", MASKED)
+def test_among_anchors_too_queries_score_as_they_do_alone(kind: str, local: int, template: Any) -> None:
+    model = MarkupModel(backbone_of(kind, local, anchors=True, global_heads=2), template)
+    prompt = model.markup.compose(EPISODE)
+    together, moved = logits(model, [prompt]), logits(model, [rebuilt(prompt, [6, 2, 1, 5, 3, 4, -1, -2, -3])])
+    singly = torch.cat([logits(model, [model.markup.compose(single)]) for single in alone(EPISODE)])
+    assert torch.allclose(together, singly, atol=1e-5)
+    if template != TAIL:  # whose tail `rebuilt` leaves away
+        assert torch.allclose(together, moved, atol=1e-5)
+    assert together.std() > 0.05, "the scores say nothing"
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_global_layers_that_look_at_anchors_do_so_as_if_all_tokens_were_there(attention: str) -> None:
+    """The upper layers are given the head, symbols and slots alone; here they are given everything, behind a mask."""
+    backbone = segmented("bert", attention=attention, anchors=True, global_heads=2, layers=4)
+    model = MarkupModel(backbone, "plain_seen_03")
+    prompts = [model.markup.compose(EPISODE), *map(model.markup.compose, alone(EPISODE)[:1])]
+    batch = Batch.of_prompts(prompts, model.pad_id, all_slots=False)
+    assert batch.segments is not None and batch.anchors is not None
+    local, everywhere = visible(batch.segments)
+    seen = batch.anchors | (batch.segments == HEAD)
+    bert, head = backbone.model.bert, backbone.model.cls
+    masks = [
+        torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+        for mask in (local, everywhere & seen[:, None, None, :])
+    ]
+    with torch.no_grad():
+        hidden = bert.embeddings(batch.input_ids, position_ids=position_ids(batch.segments, 258))
+        for number, layer in enumerate(bert.encoder.layer):
+            assert layer.attention.self.num_attention_heads == (4 if number < LOCAL else 2)
+            hidden = layer(hidden, attention_mask=masks[number >= LOCAL])
+        wanted = head(hidden)[batch.rows, batch.positions].gather(1, batch.candidates)
+    found = logits(model, prompts)
+    assert torch.allclose(found[batch.candidate_mask], wanted[batch.candidate_mask], atol=1e-5)
+    unmarked = replace(batch, anchors=None)
+    assert not torch.allclose(backbone.candidate_logits(unmarked)[batch.candidate_mask], wanted[batch.candidate_mask])
+
+
+def test_heads_of_global_layers_that_cannot_be_are_refused() -> None:
+    for heads, message in ((5, "global_heads .* is 5, which does not fit"), (-1, "global_heads .* is -1")):
+        with pytest.raises(BackboneError, match=message):
+            segmented("bert", global_heads=heads)
 
 
 @pytest.mark.parametrize("kind", MASKED)
@@ -266,9 +321,9 @@ def test_a_segment_longer_than_the_position_table_shares_its_last_position(kind:
     assert len(prompt.ids) > 100
     batch = Batch.of_prompts([prompt], model.pad_id)
     assert batch.segments is not None
-    with segment_attention(backbone.model, batch.segments) as more:
-        assert more["position_ids"].max() == 39
-        assert more["position_ids"].min() == (0 if kind == "bert" else 2)
+    with segment_attention(backbone.model, batch.segments) as reading:
+        assert reading.inputs["position_ids"].max() == 39
+        assert reading.inputs["position_ids"].min() == (0 if kind == "bert" else 2)
     assert torch.isfinite(logits(model, [prompt])).all()
     whole = segmented(kind, positions=258)
     table = next(m for n, m in whole.model.named_modules() if n.endswith("position_embeddings")).weight
@@ -476,6 +531,7 @@ def test_an_attention_that_takes_no_mask_of_ours_is_refused() -> None:
         ({"local_layers": None}, "icl_markup.local_layers .* is None"),
         ({"local_layers": 1, "max_length": 0}, "icl_markup.max_length .* is 0"),
         ({"local_layers": 1, "max_length": "long"}, "icl_markup.max_length .* is 'long'"),
+        ({"local_layers": 1, "anchors": 1}, "icl_markup.anchors .* is 1; it must be true or false"),
         ({"local_layer": 1}, "icl_markup .* unknown key 'local_layer'; did you mean 'local_layers'"),
         ([1], "icl_markup .* mapping"),
         (None, "icl_markup .* mapping"),
