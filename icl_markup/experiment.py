@@ -21,12 +21,13 @@ from icl_markup.drawing import draw, vary
 from icl_markup.episodes import Episode
 from icl_markup.errors import ConfigError, nearest
 from icl_markup.experiment_config import ExperimentConfig, Setting
+from icl_markup.measured import Measured
 from icl_markup.method import Method
 from icl_markup.readers import TaskSource, read_task
 from icl_markup.results import provenance, write_rows
 from icl_markup.retrieval import Retrieved
 from icl_markup.sentences import SentenceEncoder
-from icl_markup.summary import Measured, corrected, summarise
+from icl_markup.summary import corrected, summarise
 from icl_markup.tasks import Task
 from icl_markup.variants import Variant, variants
 

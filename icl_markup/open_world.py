@@ -14,7 +14,7 @@ from icl_markup.out_of_scope import at_threshold, choose_threshold, detection_in
 from icl_markup.statistics import interval
 
 if TYPE_CHECKING:
-    from icl_markup.summary import Measured
+    from icl_markup.measured import Measured
 
 Row = dict[str, Any]
 
@@ -35,8 +35,7 @@ def open_world_rows(variants: dict[str, list[Measured]], common: Row) -> Iterato
         episodes = resampled(_episodes([m.cell for m in cells]))
         found[label] = detection_intervals(score, out, episodes)
         validations = [m.validation for m in cells if m.validation is not None]
-        if validations:
-            found[label] |= _thresholded(validations, cells, score, out, episodes)
+        found[label] |= _thresholded(validations, cells, score, out, episodes)
     for label, measures in found.items():
         for metric, value in measures.items():
             yield _row(common, label, metric, value)
@@ -50,21 +49,30 @@ def open_world_rows(variants: dict[str, list[Measured]], common: Row) -> Iterato
             yield _row(common, "mean", metric, value, **spread)
 
 
-def decided(cell: Cell, validation: Cell | None) -> NDArray[np.bool_] | None:
-    """Return which queries are answered rightly at the threshold that validation chooses, (queries,).
+def answered(cells: Sequence[Measured]) -> NDArray[np.bool_]:
+    """Return which queries a variant answers rightly with its best option, over all seeds, (queries,)."""
+    return np.concatenate([m.cell.correct[0] for m in cells])
+
+
+def decided(cells: Sequence[Measured]) -> NDArray[np.bool_]:
+    """Return which queries a variant answers rightly at the threshold that validation chooses, over all seeds.
 
     A query is rejected where its out-of-scope score lies above the threshold, else it has the best label's answer: so
-    methods that can and that cannot predict "none of the above" themselves are asked the same. None where nothing
-    chooses a threshold, or every query has one score.
+    methods that can and that cannot predict "none of the above" themselves are asked the same. Where nothing chooses a
+    threshold, or every query has one score, the best option is the answer.
     """
-    threshold = _threshold([validation]) if validation is not None else None
-    if threshold is None or np.ptp(cell.out_of_scope[0]) == 0:
-        return None
-    out = cell.answers[0] == cell.none
-    return np.asarray(np.where(cell.out_of_scope[0] > threshold, out, cell.right_inside & ~out), dtype=np.bool_)
+    threshold = _threshold([m.validation for m in cells if m.validation is not None])
+    score = _joined(cells, "out_of_scope")
+    if threshold is None or np.ptp(score) == 0:
+        return answered(cells)
+    inside = np.concatenate([m.cell.right_inside for m in cells])
+    out = _is_out([m.cell for m in cells])
+    return np.asarray(np.where(score > threshold, out, inside & ~out), dtype=np.bool_)
 
 
 def _threshold(validations: Sequence[Cell]) -> float | None:
+    if not validations:
+        return None
     known = np.concatenate([cell.out_of_scope[0] for cell in validations])
     known_out = _is_out(validations)
     if known_out.all() or not known_out.any():

@@ -9,15 +9,20 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import log_softmax
 
-from icl_markup.baselines import Problem
 from icl_markup.episodes import Episode
+from icl_markup.errors import PromptError
 from icl_markup.experiment_config import RetrievalConfig
 from icl_markup.method import EpisodeScores, Method
 from icl_markup.prompted import is_open, out_of_scope, single
 from icl_markup.sentences import SentenceEncoder
+from icl_markup.tasks import NONE_OF_THE_ABOVE
 
 TEMPERATURE = 0.05
 """Of the softmax over similarities that gives the retriever's own probabilities."""
+
+UNDECIDED = 0.45
+"""In an open world: the similarity of a label at which the retriever holds it and "none of the above" for equally
+likely. Thresholds on scores from validation do not depend on it."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +64,11 @@ class Retrieved:
         log_probs = np.full((len(episode.queries), len(episode.options)), -np.inf)
         for i, (options, one) in enumerate(zip(chosen, found, strict=True)):
             log_probs[i, options] = one.log_probs[0]
-        if self.config.prior:
-            prior = log_softmax(near / TEMPERATURE, axis=1)
-            none = log_probs[:, labels:]
-            log_probs[:, :labels] += self.config.prior * prior
-            log_probs = log_softmax(np.concatenate([log_probs[:, :labels], none], axis=1), axis=1)
         scores = np.array([one.out_of_scope[0] for one in found])
         if self.config.prior:
+            # A product of two experts; a label's absolute similarity matters where it may lose to "none of the above".
+            log_probs[:, :labels] += self.config.prior * (near - UNDECIDED) / TEMPERATURE
+            log_probs = log_softmax(log_probs, axis=1)
             scores = out_of_scope(log_probs, episode)
         shortened, dropped = sum(one.shortened for one in found), sum(one.dropped for one in found)
         return EpisodeScores(log_probs, scores, shortened, dropped)
@@ -82,8 +85,14 @@ class Retrieved:
 
 
 def label_similarity(encoder: SentenceEncoder, episode: Episode, queries: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return how near each label is to each query, shape (queries, labels), "none of the above" left out."""
+    """Return how near each label is to each query, shape (queries, labels), "none of the above" left out.
+
+    Raises:
+        PromptError: the episode has no option besides that.
+    """
     labels = len(episode.options) - is_open(episode)
+    if not labels:
+        raise PromptError(f"the episode has no option besides {NONE_OF_THE_ABOVE!r}; give it labels to choose from")
     names = encoder.encode([option.name for option in episode.options[:labels]])
     texts = encoder.encode([demo.text for demo in episode.demos]) if episode.demos else names[:0]
     vectors = np.concatenate([names, texts])
@@ -110,7 +119,6 @@ class NearestLabel:
         """
         results = []
         for episode in episodes:
-            Problem.of(episode)  # which refuses that
             near = label_similarity(self.encoder, episode, self.encoder.encode([q.text for q in episode.queries]))
             log_probs = log_softmax(near.astype(np.float64) / TEMPERATURE, axis=1)
             missing = len(episode.options) - log_probs.shape[1]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,12 +11,11 @@ from numpy.typing import NDArray
 
 from icl_markup.cells import Cell
 from icl_markup.evaluation import Estimate
-from icl_markup.experiment_config import ExperimentConfig, Setting
-from icl_markup.open_world import curves, decided, open_world_rows, resampled
+from icl_markup.experiment_config import ExperimentConfig
+from icl_markup.measured import Group, Measured, grouped
+from icl_markup.open_world import curves, open_world_rows
 from icl_markup.out_of_scope import confidence_error, confusion
 from icl_markup.statistics import compare, holm, interval, spread
-from icl_markup.tasks import Task
-from icl_markup.variants import Variant
 
 CONFUSED = 12
 """Labels of a confusion matrix: those that are confused most."""
@@ -28,60 +26,6 @@ CHOICES = {"plain": "wording", "plain_seen": "wording", "tags": "warm-up seed"}
 OTHERS = "all other labels"
 
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A cell in its place; `validation`, in an open world, is what the variant answered on a validation split."""
-
-    variant: Variant
-    task: Task
-    setting: Setting
-    seed: int
-    cell: Cell
-    validation: Cell | None
-
-    @property
-    def correct(self) -> NDArray[np.bool_]:
-        """Whether each query was answered rightly; in an open world at the threshold that validation chose."""
-        found = decided(self.cell, self.validation) if self.setting.open_world else None
-        return self.cell.correct[0] if found is None else found
-
-
-@dataclass(frozen=True)
-class Group:
-    """The variants of one method in one task and setting, over all seeds."""
-
-    method: str
-    label: str | None
-    task: Task
-    setting: Setting
-    variants: dict[str, list[Measured]]
-
-    def named(self, variant: str) -> str:
-        """Return what a variant, or the mean over variants, is called in rows."""
-        if self.label is None:
-            return variant
-        return self.label if len(self.variants) == 1 else f"{self.label}, {variant}"
-
-    def correct(self, label: str | None = None) -> NDArray[np.float64]:
-        """Return which queries each variant, or that of `label`, answered rightly, (variants, queries)."""
-        chosen = [self.variants[label]] if label is not None else self.variants.values()
-        return np.array([np.concatenate([m.correct for m in cells]) for cells in chosen], dtype=float)
-
-    @property
-    def episodes(self) -> NDArray[np.int64]:
-        """Return the episode of each query, numbered over all seeds."""
-        parts, first = [], 0
-        for measured in next(iter(self.variants.values())):
-            parts.append(measured.cell.episodes + first)
-            first += int(measured.cell.episodes.max()) + 1
-        return np.concatenate(parts)
-
-    @property
-    def units(self) -> NDArray[np.int64]:
-        """Return what a bootstrap resamples for each query: its episode, unless the label set is drawn a few times."""
-        return resampled(self.episodes) if self.setting.n_way is None else self.episodes
 
 
 def summarise(
@@ -95,7 +39,7 @@ def summarise(
         config: the experiment.
         command: the command that makes the rows again.
     """
-    groups = _groups(measured)
+    groups = grouped(measured)
     rows: list[Row] = []
     for group in groups:
         common = _common(group, config, command)
@@ -129,18 +73,6 @@ def corrected(rows: Sequence[Row]) -> list[Row]:
 
 def _family(row: Row) -> tuple[Any, ...]:
     return tuple(row[key] for key in ("n_way", "k_shot", "retrieval", "open_world"))
-
-
-def _groups(measured: Sequence[Measured]) -> list[Group]:
-    """Group the cells of one task and setting by method and label."""
-    methods: dict[tuple[str, str | None], dict[str, list[Measured]]] = {}
-    for one in measured:
-        key = (one.variant.method, one.variant.config.label)
-        methods.setdefault(key, {}).setdefault(one.variant.label, []).append(one)
-    return [
-        Group(method, label, measured[0].task, measured[0].setting, variants)
-        for (method, label), variants in methods.items()
-    ]
 
 
 def _common(group: Group, config: ExperimentConfig, command: str) -> Row:

@@ -77,8 +77,7 @@ def test_in_training_the_backbone_answers_as_it_does_in_use(
     from backbone_data import Drawn, Teacher
     from backbone_model import ORIGIN, Student
 
-    student = Student(embedded.model.config.icl_markup["global_heads"])
-    student.model.load_state_dict(embedded.model.state_dict())
+    student = Student(resolve("embedded"), embedded.model.config.icl_markup["global_heads"])
     task = read_task(sample_folders("unseen")[0])
     markup = MarkupModel(embedded, "plain_seen_02").markup
     episodes = draw_episodes(task, n_way=4, k_shot=2, episodes=3, seed=1)

@@ -143,6 +143,20 @@ def test_the_prior_counts_labels_that_are_near() -> None:
     assert np.exp(found.log_probs).sum(axis=1) == pytest.approx(1)
 
 
+def test_in_an_open_world_the_prior_says_how_far_the_nearest_label_is() -> None:
+    class Undecided(Recorder):
+        def scores(self, episodes: Sequence[Episode]) -> list[EpisodeScores]:
+            return [EpisodeScores(np.full((1, len(e.options)), -1.0), np.zeros(1)) for e in episodes]
+
+    asked = replace(wide(open_world=True), queries=(Query("aaa", 0), Query("aaazzz", 6), Query("zzz", 6)))
+    config = RetrievalConfig(options=3, demos=3, prior=1.0)
+    (found,) = Retrieved(Undecided(), Letters(), config).scores([asked])  # type: ignore[arg-type]
+    near, between, far = found.out_of_scope
+    assert near < between < far
+    assert found.log_probs.argmax(axis=1).tolist() == [0, 0, 6]
+    assert np.exp(found.log_probs).sum(axis=1) == pytest.approx(1)
+
+
 def test_options_that_retrieval_left_out_do_not_stop_the_answer_from_being_counted_wrong() -> None:
     asked = replace(wide(), queries=(Query("aaaa", 5),))
     inner = Recorder()

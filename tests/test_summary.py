@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,22 +32,35 @@ def cell(answers: list[int], inside: list[int], score: list[float], none: int) -
     )
 
 
+def measured(asked: Cell, validation: Cell | None) -> Any:
+    return SimpleNamespace(cell=asked, validation=validation)
+
+
 def test_in_an_open_world_validation_chooses_what_is_rejected() -> None:
     validation = cell([0, 1, 2, 2], [0, 1, 0, 1], [0.1, 0.2, 0.8, 0.9], none=2)
     asked = cell([0, 1, 2, 2, 0], [0, 0, 0, 1, 0], [0.1, 0.1, 0.9, 0.1, 0.9], none=2)
-    found = decided(asked, validation)
-    assert found is not None
+    found = decided([measured(asked, validation)])
     # right inside; wrong inside; rejected rightly; out of scope, but accepted; in scope, but rejected
     assert found.tolist() == [True, False, True, False, False]
     assert not asked.correct[0][2], "the method itself never says so"
 
 
-def test_nothing_is_decided_without_both_kinds_of_validation_queries() -> None:
+def test_one_threshold_is_chosen_over_all_seeds() -> None:
+    seeds = [
+        (cell([0, 2], [0, 0], [0.1, 0.4], none=2), cell([0, 1], [0, 1], [0.1, 0.2], none=2)),
+        (cell([0, 2], [0, 0], [0.2, 0.6], none=2), cell([2, 2], [0, 1], [0.5, 0.9], none=2)),
+    ]
+    # Only together do the validation queries have both kinds; the threshold lies between 0.2 and 0.5.
+    assert decided([measured(*seed) for seed in seeds]).tolist() == [True, True, True, True]
+
+
+def test_the_best_option_answers_without_both_kinds_of_validation_queries() -> None:
     asked = cell([0, 2], [0, 0], [0.1, 0.9], none=2)
-    assert decided(asked, None) is None
+    best = [True, False]
+    assert decided([measured(asked, None)]).tolist() == best
     alike = cell([0, 2], [0, 0], [0.5, 0.5], none=2)
-    assert decided(alike, cell([0, 2], [0, 0], [0.5, 0.5], none=2)) is None
-    assert decided(asked, cell([0, 1], [0, 1], [0.1, 0.2], none=2)) is None
+    assert decided([measured(alike, cell([0, 2], [0, 0], [0.5, 0.5], none=2))]).tolist() == best
+    assert decided([measured(asked, cell([0, 1], [0, 1], [0.1, 0.2], none=2))]).tolist() == best
 
 
 def comparison(p_value: float, k_shot: int) -> dict[str, Any]:
