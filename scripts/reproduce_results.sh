@@ -4,7 +4,7 @@
 set -e
 cd "$(dirname "$0")/.."
 PATH=$PWD/.venv/bin:$PATH
-for experiment in news intent open_world intent_full legal sensitivity ablation; do
+for experiment in tuning news intent open_world intent_full legal sensitivity ablation; do
   icl-markup evaluate "configs/experiments/$experiment.yaml"
 done
 python scripts/mechanics.py results/mechanics.jsonl
