@@ -106,8 +106,8 @@ class RetrievalConfig:
     """At most so many demonstrations a prompt."""
 
     prior: float = 0.0
-    """How much the retriever's own opinion of a label counts beside the prompt's: a weight of log-probabilities. In an
-    open world, a label that is far from the query then loses to "none of the above"."""
+    """How much the retriever's own opinion of a label counts beside the prompt's: a weight of log-probabilities. Where
+    "none of the above" is offered, a label that is far from the query then loses to it."""
 
     def __post_init__(self) -> None:
         require_positive(self, "options", "demos")

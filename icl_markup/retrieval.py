@@ -18,11 +18,12 @@ from icl_markup.sentences import SentenceEncoder
 from icl_markup.tasks import NONE_OF_THE_ABOVE
 
 TEMPERATURE = 0.05
-"""Of the softmax over similarities that gives the retriever's own probabilities."""
+"""A difference of similarities by this much is one nat of the retriever's opinion."""
 
 UNDECIDED = 0.45
 """In an open world: the similarity of a label at which the retriever holds it and "none of the above" for equally
-likely. Thresholds on scores from validation do not depend on it."""
+likely: half-way between what in-scope queries (0.75) and others (0.22) of a validation task have with their nearest
+label. A threshold chosen on validation moves with it, so that what is then rejected does not depend on it."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Retrieved:
     Attributes:
         method: scores the prompts.
         encoder: embeds texts.
-        config: how many options and demonstrations; the weight of the retriever's own probabilities.
+        config: how many options and demonstrations; the weight of the retriever's opinion.
     """
 
     method: Method

@@ -157,7 +157,7 @@ class Reading(NamedTuple):
 
 @contextmanager
 def segment_attention(model: PreTrainedModel, segments: Tensor, anchors: Tensor | None = None) -> Iterator[Reading]:
-    """While active, a call of `model` attends by segments; yields the further inputs that the call needs.
+    """While active, a call of `model` attends by segments; yields what the call is given, and where its states stand.
 
     Args:
         model: a masked model whose layers take an attention mask.

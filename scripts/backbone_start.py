@@ -81,7 +81,8 @@ def start_matching(student: Student, bank: list[Entry]) -> None:
     states, roles = torch.cat([e.states for e in bank]).float(), torch.cat([e.roles for e in bank])
     vectors = torch.cat([e.vectors for e in bank]).float()
     ids = torch.cat([e.symbols[e.owners[_shown(e.roles)]] for e in bank])
-    found = _read(states, roles, vectors, ids)
+    size = student.model.config.hidden_size // student.model.config.icl_markup["global_heads"]
+    found = _read(states, roles, vectors, ids, size - 1)
     student.probe.weight.copy_(found.text)
     student.probe.bias.copy_(vectors[roles > 0].mean(0) - found.text @ found.centre)
     spelling = _ridge(states[_shown(roles)] - found.centre, words[ids])
@@ -103,7 +104,7 @@ def _shown(roles: Tensor) -> Tensor:
     return (roles == OPTION) | (roles == DEMO)
 
 
-def _read(states: Tensor, roles: Tensor, vectors: Tensor, ids: Tensor) -> Reading:
+def _read(states: Tensor, roles: Tensor, vectors: Tensor, ids: Tensor, directions: int) -> Reading:
     """Solve for what is read off states, (n, width), of these roles and texts' embeddings; `ids` are the symbols'."""
     texts, shown = roles > 0, _shown(roles)
     centre = states[texts].mean(0)
@@ -111,8 +112,8 @@ def _read(states: Tensor, roles: Tensor, vectors: Tensor, ids: Tensor) -> Readin
     text = _ridge(centred[texts], vectors[texts] - vectors[texts].mean(0))
     embedded = centred[texts] @ text.T
     some = torch.randperm(len(embedded), generator=torch.Generator().manual_seed(0))[:20000]
-    # One coordinate of a head of 128 tells symbols from the rest.
-    main = torch.linalg.svd(embedded[some], full_matrices=False)[2][:127]
+    # One coordinate of a head is left to tell symbols from the rest.
+    main = torch.linalg.svd(embedded[some], full_matrices=False)[2][:directions]
     symbols = ids.unique()
     place = torch.searchsorted(symbols, ids)
     slots = states[roles == QUERY]

@@ -113,7 +113,7 @@ class BackboneTraining:
     """The share of real episodes with demonstrations whose options have random words for names."""
 
     many_options: float = 0.08
-    """The share of real episodes with 10 to 25 options instead of 2 to 9."""
+    """The share of real episodes with 10 to 25 options instead of 4 to 9."""
 
     batch_tokens: int = 2400
     """The most tokens of a batch of prompts, padding included."""
@@ -159,12 +159,12 @@ class Trainer:
             bank = self._bank()
             start_matching(student, bank[:2000])
             self.validate("start")
-            self._stage("match", config.match_steps, {config.match_rate: top}, lambda _: self._match(bank))
+            self._stage("match", config.match_steps, [(config.match_rate, top)], lambda _: self._match(bank))
             del bank
         else:
-            self._stage("match", config.match_steps, {config.match_rate: top}, lambda _: iter(()))
+            self._stage("match", config.match_steps, [(config.match_rate, top)], lambda _: iter(()))
         self.validate("match")
-        rates = {config.tune_rate: local, config.tune_rate_of_globals: top}
+        rates = [(config.tune_rate, local), (config.tune_rate_of_globals, top)]
         self._stage("tune", config.tune_steps, rates, self._tune)
         self.validate("tune")
         return self._finish()
@@ -222,7 +222,7 @@ class Trainer:
         self,
         name: str,
         steps: int,
-        rates: dict[float, list[torch.nn.Parameter]],
+        rates: list[tuple[float, list[torch.nn.Parameter]]],
         losses: Callable[[int], Iterator[tuple[int, Tensor, dict[str, float]]]],
     ) -> None:
         """Run a stage, or load what it ended with."""
@@ -232,10 +232,10 @@ class Trainer:
             return
         for parameter in self.student.parameters():
             parameter.requires_grad_(False)
-        trained = [parameter for part in rates.values() for parameter in part]
+        trained = [parameter for _, part in rates for parameter in part]
         for parameter in trained:
             parameter.requires_grad_(True)
-        groups: list[dict[str, Any]] = [{"params": part, "peak": rate} for rate, part in rates.items()]
+        groups: list[dict[str, Any]] = [{"params": part, "peak": rate} for rate, part in rates]
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=self.config.weight_decay, fused=True)
         step, window = self._resume(name, optimizer)
         began, recent = time.monotonic(), []
