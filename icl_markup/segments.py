@@ -78,7 +78,7 @@ def _setting(model: PreTrainedModel, key: str, least: int) -> int:
             raise BackboneError(f"icl_markup.{key} {where} is {value!r}; it must be true or false")
     elif not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise BackboneError(f"icl_markup.{key} {where} is {value!r}; it must be a whole number of at least {least}")
-    return value
+    return int(value)
 
 
 def looks_at_anchors(model: PreTrainedModel) -> bool:
@@ -100,13 +100,15 @@ def set_global_heads(model: PreTrainedModel) -> None:
     if not heads:
         return
     for layer in encoder_layers(model)[local_layers(model) :]:
-        attentions = [m for m in layer.modules() if hasattr(m, "num_attention_heads") and hasattr(m, "all_head_size")]
+        attentions: list[Any] = [
+            m for m in layer.modules() if hasattr(m, "num_attention_heads") and hasattr(m, "all_head_size")
+        ]
         if len(attentions) != 1 or attentions[0].all_head_size % heads:
             raise BackboneError(
                 f"icl_markup.global_heads in the model's config.json is {heads}, which does not fit the attention of "
                 f"{type(model).__name__}"
             )
-        attention: Any = attentions[0]
+        attention = attentions[0]
         attention.num_attention_heads = heads
         attention.attention_head_size = attention.all_head_size // heads
         attention.scaling = attention.attention_head_size**-0.5

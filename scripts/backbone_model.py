@@ -52,7 +52,7 @@ class Student(torch.nn.Module):
         assert batch.segments is not None
         bert = self.model.bert
         positions = position_ids(batch.segments, bert.embeddings.position_embeddings.num_embeddings)
-        hidden = bert.embeddings(input_ids=batch.input_ids, position_ids=positions)
+        hidden: Tensor = bert.embeddings(input_ids=batch.input_ids, position_ids=positions)
         mask = _additive(visible(batch.segments)[0])
         for layer in bert.encoder.layer[:LOCAL_LAYERS]:
             hidden = layer(hidden, attention_mask=mask)
@@ -73,9 +73,9 @@ class Student(torch.nn.Module):
     def logits(self, states: Tensor, candidates: Tensor) -> Tensor:
         """Return logits of candidates, (slots, candidates), from states at slots, (slots, width)."""
         head = self.model.cls.predictions
-        return (
-            torch.einsum("sh,sch->sc", head.transform(states), head.decoder.weight[candidates]) + head.bias[candidates]
-        )
+        rows = head.decoder.weight[candidates]
+        found: Tensor = torch.einsum("sh,sch->sc", head.transform(states), rows) + head.bias[candidates]
+        return found
 
     def distance(self, hidden: Tensor, prompts: list[Prompt], teacher: Teacher) -> Tensor:
         """Return how far the states at symbols and slots are, through the probe, from the teacher's embeddings."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from backbone_bank import DEMO, OPTION, QUERY, Entry
@@ -76,7 +77,8 @@ def start_matching(student: Student, bank: list[Entry]) -> None:
         student: the backbone in training, whose local layers have read the bank.
         bank: prompts to solve for; some thousand.
     """
-    bert, head = student.model.bert, student.model.cls.predictions
+    bert: Any = student.model.bert
+    head: Any = student.model.cls.predictions
     words = bert.embeddings.word_embeddings.weight
     states, roles = torch.cat([e.states for e in bank]).float(), torch.cat([e.roles for e in bank])
     vectors = torch.cat([e.vectors for e in bank]).float()
@@ -134,7 +136,8 @@ def _read(states: Tensor, roles: Tensor, vectors: Tensor, ids: Tensor, direction
 def _ridge(inputs: Tensor, targets: Tensor) -> Tensor:
     """Return the linear map from inputs, (n, width), to targets, (n, k), shape (k, width)."""
     penalty = 1e-3 * inputs.square().sum(1).mean() * torch.eye(inputs.shape[1])
-    return torch.linalg.solve(inputs.T @ inputs + penalty, inputs.T @ targets).T
+    found: Tensor = torch.linalg.solve(inputs.T @ inputs + penalty, inputs.T @ targets)
+    return found.T
 
 
 def _told_apart(centred: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,7 +154,7 @@ def _letters(centred: Tensor, one_hot: Tensor) -> tuple[Tensor, Tensor]:
     return found[:, :-1], 10 * found[:, -1] - 1 / one_hot.shape[1]
 
 
-def _compare_and_copy(layer: torch.nn.Module, found: Reading, share: float) -> None:
+def _compare_and_copy(layer: Any, found: Reading, share: float) -> None:
     """Let a layer's slots take on the symbols of similar texts; `share` is their part, relative to a state's length."""
     attention, out = layer.attention.self, layer.attention.output
     heads, size = attention.num_attention_heads, attention.attention_head_size
