@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from icl_markup.cells import Cell
 from icl_markup.experiment_config import Setting
-from icl_markup.open_world import answered, decided, resampled
+from icl_markup.open_world import answered, decided, numbered, resampled
 from icl_markup.tasks import Task
 from icl_markup.variants import Variant
 
@@ -59,11 +59,7 @@ class Group:
     @property
     def episodes(self) -> NDArray[np.int64]:
         """Return the episode of each query, numbered over all seeds."""
-        parts, first = [], 0
-        for measured in next(iter(self.variants.values())):
-            parts.append(measured.cell.episodes + first)
-            first += int(measured.cell.episodes.max()) + 1
-        return np.concatenate(parts)
+        return numbered(next(iter(self.variants.values())))
 
     @property
     def units(self) -> NDArray[np.int64]:

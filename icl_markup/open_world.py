@@ -32,7 +32,7 @@ def open_world_rows(variants: dict[str, list[Measured]], common: Row) -> Iterato
         score, out = _joined(cells, "out_of_scope"), _is_out([m.cell for m in cells])
         if not (out.any() and not out.all()) or np.ptp(score) == 0:
             continue
-        episodes = resampled(_episodes([m.cell for m in cells]))
+        episodes = resampled(numbered(cells))
         found[label] = detection_intervals(score, out, episodes)
         validations = [m.validation for m in cells if m.validation is not None]
         found[label] |= _thresholded(validations, cells, score, out, episodes)
@@ -93,7 +93,7 @@ def curves(cells: Sequence[Measured], common: Row) -> Iterator[Row]:
             yield {**place, "curve": "roc", "x": _short(x), "y": _short(y)}
         confidence, correct = -score, np.concatenate([m.cell.right_inside for m in cells]) & ~out
     else:
-        confidence, correct = _joined(cells, "confidence"), np.concatenate([m.cell.correct[0] for m in cells])
+        confidence, correct = _joined(cells, "confidence"), answered(cells)
     if np.ptp(confidence) > 0:
         x, y = risk_coverage(confidence, correct)
         yield {**place, "curve": "risk_coverage", "x": _short(x), "y": _short(y)}
@@ -141,11 +141,12 @@ def _is_out(cells: Sequence[Cell]) -> NDArray[np.bool_]:
     return np.concatenate([cell.answers[0] == cell.none for cell in cells])
 
 
-def _episodes(cells: Sequence[Cell]) -> NDArray[np.int64]:
+def numbered(cells: Sequence[Measured]) -> NDArray[np.int64]:
+    """Return the episode of each query, numbered over all seeds of a variant."""
     parts, first = [], 0
-    for cell in cells:
-        parts.append(cell.episodes + first)
-        first += int(cell.episodes.max()) + 1
+    for measured in cells:
+        parts.append(measured.cell.episodes + first)
+        first += int(measured.cell.episodes.max()) + 1
     return np.concatenate(parts)
 
 

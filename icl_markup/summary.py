@@ -13,7 +13,7 @@ from icl_markup.cells import Cell
 from icl_markup.evaluation import Estimate
 from icl_markup.experiment_config import ExperimentConfig
 from icl_markup.measured import Group, Measured, grouped
-from icl_markup.open_world import curves, open_world_rows
+from icl_markup.open_world import answered, curves, open_world_rows
 from icl_markup.out_of_scope import confidence_error, confusion
 from icl_markup.statistics import compare, holm, interval, spread
 
@@ -150,8 +150,7 @@ def _calibration_errors(group: Group, common: Row) -> Iterator[Row]:
     errors = {}
     for label, cells in group.variants.items():
         confidence = np.concatenate([m.cell.confidence[0] for m in cells])
-        correct = np.concatenate([m.cell.correct[0] for m in cells])
-        errors[label] = confidence_error(confidence, correct)
+        errors[label] = confidence_error(confidence, answered(cells))
     if len(errors) > 1:
         ends = {"minimum": round(min(errors.values()), 5), "maximum": round(max(errors.values()), 5)}
         mean = float(np.mean([*errors.values()]))

