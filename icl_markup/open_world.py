@@ -26,11 +26,12 @@ def open_world_rows(variants: dict[str, list[Measured]], common: Row) -> Iterato
     """Yield detection measures of every variant, and their means where there are several.
 
     The threshold is chosen on validation queries alone; a method that scores every query alike has no threshold.
+    Fewer than two queries in scope, or out of it, tell nothing apart, and have no rows.
     """
     found: dict[str, dict[str, Estimate]] = {}
     for label, cells in variants.items():
         score, out = _joined(cells, "out_of_scope"), _is_out([m.cell for m in cells])
-        if not (out.any() and not out.all()) or np.ptp(score) == 0:
+        if min(out.sum(), (~out).sum()) < 2 or np.ptp(score) == 0:
             continue
         episodes = resampled(numbered(cells))
         found[label] = detection_intervals(score, out, episodes)

@@ -18,6 +18,7 @@ Word embeddings stay as they were. The run saves checkpoints and continues from 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import random
@@ -156,14 +157,13 @@ class Trainer:
         """Run the stages that are not finished, and return the folder of the finished backbone."""
         config, student = self.config, self.student
         local, top = student.local_parameters(), student.global_parameters()
+        bank: list[Entry] = []
         if not (self.out / "match.safetensors").exists():
             bank = self._bank()
             start_matching(student, bank[:2000])
             self.validate("start")
-            self._stage("match", config.match_steps, [(config.match_rate, top)], lambda _: self._match(bank))
-            del bank
-        else:
-            self._stage("match", config.match_steps, [(config.match_rate, top)], lambda _: iter(()))
+        self._stage("match", config.match_steps, [(config.match_rate, top)], lambda window: self._match(bank, window))
+        bank.clear()
         self.validate("match")
         rates = [(config.tune_rate, local), (config.tune_rate_of_globals, top)]
         self._stage("tune", config.tune_steps, rates, self._tune)
@@ -175,14 +175,19 @@ class Trainer:
         if not path.exists():
             bank = build(self.student, self.stream, self.teacher, self.config.bank_prompts)
             print(f"bank of {len(bank)} prompts, {sum(len(e.roles) for e in bank)} states", flush=True)
-            save(bank, path)
+            part = path.with_suffix(".part")
+            save(bank, part)
+            part.rename(path)
         return load(path)
 
-    def _match(self, bank: list[Entry]) -> Iterator[tuple[int, Tensor, dict[str, float]]]:
+    def _match(self, bank: list[Entry], window: int) -> Iterator[tuple[int, Tensor, dict[str, float]]]:
         rng = random.Random(f"{self.config.seed}/match")
-        while True:
-            loss, right = self.answer(draw(bank, rng, self.config.match_tokens))
-            yield 0, loss, {"accuracy": right.float().mean().item()}
+        for number in itertools.count():
+            part = draw(bank, rng, self.config.match_tokens)
+            if number < window:
+                continue  # trained on before the run was stopped
+            loss, right = self.answer(part)
+            yield number, loss, {"accuracy": right.float().mean().item()}
 
     def _tune(self, window: int) -> Iterator[tuple[int, Tensor, dict[str, float]]]:
         for number, drawn in self.stream.batches(100_000 + window):
@@ -261,7 +266,9 @@ class Trainer:
                 recent = []
             if step % self.config.save_every == 0 and step < steps:
                 self._save(name, optimizer, step, window)
-        save_file(self._weights(), finished)
+        part = finished.with_suffix(".part")
+        save_file(self._weights(), part)
+        part.rename(finished)
         shutil.rmtree(self.out / f"{name}.running", ignore_errors=True)
 
     def _weights(self) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from icl_markup.cells import Cell
-from icl_markup.open_world import decided
+from icl_markup.open_world import decided, open_world_rows
 from icl_markup.report_rows import parse_row
 from icl_markup.statistics import holm
 from icl_markup.summary import corrected
@@ -61,6 +61,14 @@ def test_the_best_option_answers_without_both_kinds_of_validation_queries() -> N
     alike = cell([0, 2], [0, 0], [0.5, 0.5], none=2)
     assert decided([measured(alike, cell([0, 2], [0, 0], [0.5, 0.5], none=2))]).tolist() == best
     assert decided([measured(asked, cell([0, 1], [0, 1], [0.1, 0.2], none=2))]).tolist() == best
+
+
+@pytest.mark.parametrize("outside", [0, 1, 2])
+def test_one_out_of_scope_query_tells_nothing_and_stops_nothing(outside: int) -> None:
+    answers = [0, 1, 0, 1, 0] + [2] * outside
+    asked = cell(answers, [0] * len(answers), np.linspace(0, 1, len(answers)).tolist(), none=2)
+    rows = list(open_world_rows({"tags": [measured(asked, None)]}, {"task": "t"}))
+    assert bool(rows) == (outside == 2)
 
 
 def comparison(p_value: float, k_shot: int) -> dict[str, Any]:
