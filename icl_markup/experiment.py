@@ -150,7 +150,7 @@ class _Chain:
             "split": split,
             "episodes": count,
             "queries": queries,
-            "setting": {key: value for key, value in asdict(setting).items() if key != "tasks"},
+            "setting": _measured_as(setting),
         }
         retrieval = setting.retrieval if variant.prompted else None
         name = cell_name(task=_digest(task), variant=variant.identity, encoder=config.encoder, **place)
@@ -181,6 +181,15 @@ class _Chain:
         cell = Cell.of(answered, facts)
         cell.save(path)
         return cell
+
+
+def _measured_as(setting: Setting) -> dict[str, Any]:
+    """Return what of a setting answers depend on: not the tasks it is measured on, nor an expert that is the default,
+    so that cells measured before there was a choice are found again."""
+    place = {key: value for key, value in asdict(setting).items() if key != "tasks"}
+    if setting.retrieval is not None and setting.retrieval.expert == "similarity":
+        del place["retrieval"]["expert"]
+    return place
 
 
 def _digest(task: Task) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import log_softmax
 
+from icl_markup.baselines import EmbeddingLogReg
 from icl_markup.episodes import Episode
 from icl_markup.errors import PromptError
 from icl_markup.experiment_config import RetrievalConfig
@@ -30,9 +31,12 @@ label. A threshold chosen on validation moves with it, so that what is then reje
 class Retrieved:
     """A method that sees, of a task with many labels, what a retriever chooses for each query.
 
-    A label is as near as the mean of its two nearest texts, its name among them. The nearest labels become the
-    options, most similar first; their nearest demonstrations follow, one a label first, most similar last, where a
-    causal model attends to them best (Liu et al. 2022). "none of the above", where it is offered, stays.
+    A label is as near as the mean of its two nearest texts, its name among them, or as probable as logistic regression
+    on all demonstrations finds it. The nearest labels become the options, most similar first; their nearest
+    demonstrations follow, one a label first, most similar last, where a causal model attends to them best (Liu et al.
+    2022). "none of the above", where it is offered, stays.
+
+    With a prior, the prompt's probabilities and the retriever's are multiplied (a product of experts, Hinton 2002).
 
     Attributes:
         method: scores the prompts.
@@ -53,9 +57,10 @@ class Retrieved:
         queries = self.encoder.encode([query.text for query in episode.queries])
         demos = queries @ self.encoder.encode([demo.text for demo in episode.demos]).T if episode.demos else None
         near = label_similarity(self.encoder, episode, queries)
+        opinion = self._opinion(episode, near)
         parts, chosen = [], []
         for i, query in enumerate(episode.queries):
-            options = np.argsort(-near[i], kind="stable")[: self.config.options].tolist()
+            options = np.argsort(-opinion[i], kind="stable")[: self.config.options].tolist()
             shown = self._demos(episode, demos[i], options) if demos is not None else []
             if is_open(episode):
                 options.append(labels)
@@ -67,12 +72,22 @@ class Retrieved:
             log_probs[i, options] = one.log_probs[0]
         scores = np.array([one.out_of_scope[0] for one in found])
         if self.config.prior:
-            # A product of two experts; a label's absolute similarity matters where it may lose to "none of the above".
-            log_probs[:, :labels] += self.config.prior * (near - UNDECIDED) / TEMPERATURE
+            log_probs[:, :labels] += self.config.prior * opinion
             log_probs = log_softmax(log_probs, axis=1)
             scores = out_of_scope(log_probs, episode)
         shortened, dropped = sum(one.shortened for one in found), sum(one.dropped for one in found)
         return EpisodeScores(log_probs, scores, shortened, dropped)
+
+    def _opinion(self, episode: Episode, near: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Return the retriever's log-odds of each label against "none of the above", (queries, labels).
+
+        Labels are told apart by the expert; the absolute similarity of the nearest says how likely it is any of them.
+        """
+        absolute = (near.astype(np.float64) - UNDECIDED) / TEMPERATURE
+        if self.config.expert == "similarity":
+            return absolute
+        (found,) = EmbeddingLogReg(self.encoder).scores([episode])
+        return found.log_probs[:, : near.shape[1]] + absolute.max(axis=1, keepdims=True)
 
     def _demos(self, episode: Episode, similarity: NDArray[np.float32], options: Sequence[int]) -> list[int]:
         allowed = set(options)

@@ -82,7 +82,8 @@ def _common(group: Group, config: ExperimentConfig, command: str) -> Row:
     shown = None
     if retrieval is not None:
         prior = f", prior {retrieval.prior:g}" if retrieval.prior else ""
-        shown = f"{retrieval.options} options, {retrieval.demos} demos{prior}"
+        expert = " of logistic regression" if retrieval.expert == "logreg" else ""
+        shown = f"{retrieval.options} options, {retrieval.demos} demos{prior}{expert}"
     return {
         "experiment": config.experiment,
         "task": group.task.name,

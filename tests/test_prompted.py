@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -104,6 +105,12 @@ class Letters:
         counts = np.array([[text.lower().count(c) for c in "abcdefghijklmnopqrstuvwxyz"] for text in texts], float)
         return (counts / np.maximum(np.linalg.norm(counts, axis=1, keepdims=True), 1e-9)).astype(np.float32)
 
+    def remember(self, texts: Iterable[str]) -> None:
+        """There is nothing to keep."""
+
+    def too_long(self, texts: Iterable[str]) -> int:
+        return 0
+
 
 def wide(open_world: bool = False) -> Episode:
     names = ["aaa", "bbb", "ccc", "ddd", "eee", "fff"]
@@ -132,24 +139,26 @@ def test_retrieval_shows_the_nearest_labels_and_demonstrations(open_world: bool)
     assert found.log_probs.argmax(axis=1).tolist() == [3, 0]
 
 
-def test_the_prior_counts_labels_that_are_near() -> None:
+@pytest.mark.parametrize("expert", ["similarity", "logreg"])
+def test_the_prior_counts_labels_that_are_near(expert: Any) -> None:
     class Undecided(Recorder):
         def scores(self, episodes: Sequence[Episode]) -> list[EpisodeScores]:
             return [EpisodeScores(np.full((1, len(e.options)), -1.0), np.zeros(1)) for e in episodes]
 
-    config = RetrievalConfig(options=3, demos=3, prior=1.0)
+    config = RetrievalConfig(options=3, demos=3, prior=1.0, expert=expert)
     (found,) = Retrieved(Undecided(), Letters(), config).scores([wide()])  # type: ignore[arg-type]
     assert found.log_probs.argmax(axis=1).tolist() == [3, 0]
     assert np.exp(found.log_probs).sum(axis=1) == pytest.approx(1)
 
 
-def test_in_an_open_world_the_prior_says_how_far_the_nearest_label_is() -> None:
+@pytest.mark.parametrize("expert", ["similarity", "logreg"])
+def test_in_an_open_world_the_prior_says_how_far_the_nearest_label_is(expert: Any) -> None:
     class Undecided(Recorder):
         def scores(self, episodes: Sequence[Episode]) -> list[EpisodeScores]:
             return [EpisodeScores(np.full((1, len(e.options)), -1.0), np.zeros(1)) for e in episodes]
 
     asked = replace(wide(open_world=True), queries=(Query("aaa", 0), Query("aaazzz", 6), Query("zzz", 6)))
-    config = RetrievalConfig(options=3, demos=3, prior=1.0)
+    config = RetrievalConfig(options=3, demos=3, prior=1.0, expert=expert)
     (found,) = Retrieved(Undecided(), Letters(), config).scores([asked])  # type: ignore[arg-type]
     near, between, far = found.out_of_scope
     assert near < between < far
