@@ -6,6 +6,7 @@ The data's way through the modules: `tasks` (read by `readers`) â†’ `episodes` â
 """
 
 from icl_markup.backbone import Backbone
+from icl_markup.classifier import MarkupClassifier
 from icl_markup.config import load_config
 from icl_markup.episodes import Demo, Episode, EpisodeConfig, EpisodeSampler, Option, Query
 from icl_markup.errors import MarkupError
@@ -29,6 +30,7 @@ __all__ = [
     "EpisodeConfig",
     "EpisodeSampler",
     "Example",
+    "MarkupClassifier",
     "MarkupError",
     "MarkupModel",
     "Option",

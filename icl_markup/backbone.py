@@ -166,6 +166,30 @@ class Backbone:
             parts.append(logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0])
         return torch.cat(parts)
 
+    @property
+    def reading_length(self) -> int:
+        """The longest text in tokens that is read by itself; with local layers, positions number each segment anew."""
+        if not self.local_layers:
+            return self.max_length
+        return min(self.max_length, length_limit(self.model, self.tokenizer))
+
+    def text_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return hidden states of ordinary texts: those above the local layers, or else the encoder's or model's last.
+
+        Args:
+            input_ids: padded on the right, (texts, longest), int64.
+            attention_mask: the same shape, 1 where a token is.
+
+        Returns:
+            Shape (texts, longest, hidden width).
+        """
+        body = self.model.get_encoder() if self.kind == "seq2seq" else self.model.base_model
+        inputs = {"input_ids": input_ids.to(self.device), "attention_mask": attention_mask.to(self.device)}
+        with self.autocast():
+            found = body(**inputs, output_hidden_states=bool(self.local_layers))
+        states: Tensor = found.hidden_states[self.local_layers] if self.local_layers else found.last_hidden_state
+        return states
+
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the autocast context of the configured precision."""
         if self.precision == "none":

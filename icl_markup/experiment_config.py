@@ -110,8 +110,8 @@ class RetrievalConfig:
     "none of the above" is offered, a label that is far from the query then loses to it."""
 
     expert: Literal["similarity", "logreg"] = "similarity"
-    """Whose opinion it is, which also says what labels are shown: the similarity of a label's nearest texts, or logistic
-    regression on the embeddings of all demonstrations."""
+    """Whose opinion it is, which also says what labels are shown: the similarity of a label's nearest texts, or
+    logistic regression on the embeddings of all demonstrations."""
 
     def __post_init__(self) -> None:
         require_positive(self, "options", "demos")

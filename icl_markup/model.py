@@ -117,6 +117,10 @@ class MarkupModel:
 
         return save_model(self, folder, training)
 
+    def __sklearn_clone__(self) -> MarkupModel:
+        """Return itself: an estimator that is cloned keeps asking the same frozen model."""
+        return self
+
     @property
     def answers(self) -> Answers:
         """Whether option symbols or whole names are read."""

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import log_softmax, logsumexp
 
-from icl_markup.episodes import Demo, Episode, Query
+from icl_markup.episodes import Episode, Query
 from icl_markup.method import EpisodeScores
 from icl_markup.model import MarkupModel
 from icl_markup.tasks import NONE_OF_THE_ABOVE
@@ -119,23 +119,3 @@ def out_of_scope(log_probs: NDArray[np.float64], episode: Episode) -> NDArray[np
     if is_open(episode) and np.isfinite(log_probs[:, -1]).all():
         return np.asarray(log_probs[:, -1] - logsumexp(log_probs[:, :-1], axis=1))
     return np.asarray(-log_probs.max(axis=1))
-
-
-def single(episode: Episode, query: Query, options: Sequence[int], demos: Sequence[Demo]) -> Episode:
-    """Return an episode of one query over some of an episode's options.
-
-    Args:
-        episode: where options come from.
-        query: the query; its answer becomes None where its option is left out.
-        options: indices of the options, in the order in which they are shown.
-        demos: demonstrations, whose answers are indices of `episode`'s options, all of them among `options`.
-    """
-    place = {old: new for new, old in enumerate(options)}
-    answer = None if query.answer is None else place.get(query.answer)
-    return Episode(
-        tuple(episode.options[i] for i in options),
-        tuple(Demo(demo.text, place[demo.answer]) for demo in demos),
-        (Query(query.text, answer),),
-        episode.task,
-        episode.task_description,
-    )

@@ -14,7 +14,8 @@ from icl_markup.episodes import Episode
 from icl_markup.errors import PromptError
 from icl_markup.experiment_config import RetrievalConfig
 from icl_markup.method import EpisodeScores, Method
-from icl_markup.prompted import is_open, out_of_scope, single
+from icl_markup.prompted import is_open, out_of_scope
+from icl_markup.selection import label_similarity, nearest_demos, single
 from icl_markup.sentences import SentenceEncoder
 from icl_markup.tasks import NONE_OF_THE_ABOVE
 
@@ -56,12 +57,13 @@ class Retrieved:
         labels = len(episode.options) - is_open(episode)
         queries = self.encoder.encode([query.text for query in episode.queries])
         demos = queries @ self.encoder.encode([demo.text for demo in episode.demos]).T if episode.demos else None
-        near = label_similarity(self.encoder, episode, queries)
+        answers = np.array([demo.answer for demo in episode.demos], dtype=np.intp)
+        near = nearness(self.encoder, episode, queries)
         opinion = self._opinion(episode, near)
         parts, chosen = [], []
         for i, query in enumerate(episode.queries):
             options = np.argsort(-opinion[i], kind="stable")[: self.config.options].tolist()
-            shown = self._demos(episode, demos[i], options) if demos is not None else []
+            shown = nearest_demos(demos[i], answers, options, self.config.demos) if demos is not None else []
             if is_open(episode):
                 options.append(labels)
             parts.append(single(episode, query, options, [episode.demos[j] for j in shown]))
@@ -87,20 +89,10 @@ class Retrieved:
         if self.config.expert == "similarity":
             return absolute
         (found,) = EmbeddingLogReg(self.encoder).scores([episode])
-        return found.log_probs[:, : near.shape[1]] + absolute.max(axis=1, keepdims=True)
-
-    def _demos(self, episode: Episode, similarity: NDArray[np.float32], options: Sequence[int]) -> list[int]:
-        allowed = set(options)
-        order = [int(j) for j in np.argsort(-similarity, kind="stable") if episode.demos[j].answer in allowed]
-        firsts: dict[int, int] = {}
-        for j in order:
-            firsts.setdefault(episode.demos[j].answer, j)
-        kept = list(firsts.values())[: self.config.demos]
-        kept += [j for j in order if j not in kept][: self.config.demos - len(kept)]
-        return sorted(kept, key=lambda j: float(similarity[j]))
+        return np.asarray(found.log_probs[:, : near.shape[1]] + absolute.max(axis=1, keepdims=True))
 
 
-def label_similarity(encoder: SentenceEncoder, episode: Episode, queries: NDArray[np.float32]) -> NDArray[np.float32]:
+def nearness(encoder: SentenceEncoder, episode: Episode, queries: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return how near each label is to each query, shape (queries, labels), "none of the above" left out.
 
     Raises:
@@ -113,12 +105,7 @@ def label_similarity(encoder: SentenceEncoder, episode: Episode, queries: NDArra
     texts = encoder.encode([demo.text for demo in episode.demos]) if episode.demos else names[:0]
     vectors = np.concatenate([names, texts])
     owners = np.array([*range(labels), *(demo.answer for demo in episode.demos)])
-    similarity = queries @ vectors.T
-    near = np.empty((len(queries), labels), dtype=np.float32)
-    for label in range(labels):
-        of_label = np.sort(similarity[:, owners == label], axis=1)[:, -2:]
-        near[:, label] = of_label.mean(axis=1)
-    return near
+    return label_similarity(queries @ vectors.T, owners, labels).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -135,7 +122,7 @@ class NearestLabel:
         """
         results = []
         for episode in episodes:
-            near = label_similarity(self.encoder, episode, self.encoder.encode([q.text for q in episode.queries]))
+            near = nearness(self.encoder, episode, self.encoder.encode([q.text for q in episode.queries]))
             log_probs = log_softmax(near.astype(np.float64) / TEMPERATURE, axis=1)
             missing = len(episode.options) - log_probs.shape[1]
             padded = np.pad(log_probs, ((0, 0), (0, missing)), constant_values=-np.inf)

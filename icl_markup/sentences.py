@@ -79,14 +79,20 @@ class SentenceEncoder:
         """Encode the texts that are not in the cache yet, all in one go."""
         new = [text for text in dict.fromkeys(texts) if text not in self._vectors]
         if new:
-            found = self.model.encode(
-                new,
-                batch_size=self.batch_size,
-                show_progress_bar=False,
-                convert_to_numpy=True,
-                normalize_embeddings=True,
-            )
-            self._vectors.update(zip(new, np.asarray(found, dtype=np.float32), strict=True))
+            self._vectors.update(zip(new, self.compute(new), strict=True))
+
+    def compute(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Return unit vectors of `texts` and keep none of them; shape (texts, width)."""
+        if not texts:
+            return np.empty((0, self.width), dtype=np.float32)
+        found = self.model.encode(
+            list(texts),
+            batch_size=self.batch_size,
+            show_progress_bar=False,
+            convert_to_numpy=True,
+            normalize_embeddings=True,
+        )
+        return np.asarray(found, dtype=np.float32)
 
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Return unit vectors of `texts`; shape (texts, width). A text is computed once, whatever is asked later.

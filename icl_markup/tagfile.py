@@ -45,6 +45,7 @@ class TagFile:
         answers: symbols or names.
         length_normalised: whether names are scored by the mean log-probability of their tokens.
         training: the summary of the warm-up; empty for untrained tags.
+        tensors_sha256: the checksum of ``tags.safetensors``.
     """
 
     folder: Path
@@ -55,6 +56,7 @@ class TagFile:
     answers: str
     length_normalised: bool
     training: dict[str, Any]
+    tensors_sha256: str = ""
 
 
 def save_model(model: MarkupModel, folder: str | Path, training: dict[str, Any] | None = None) -> Path:
@@ -90,7 +92,7 @@ def save_model(model: MarkupModel, folder: str | Path, training: dict[str, Any] 
         _CARD: model_card(details, len(tensors)).encode(),
     }
     try:
-        _replace_folder(folder, files)
+        replace_folder(folder, files)
     except OSError as error:
         raise TagFileError(f"{folder}: cannot write the tags: {error}") from error
     return folder
@@ -123,6 +125,7 @@ def read_tags(folder: str | Path) -> TagFile:
             str(details["answers"]),
             bool(details["length_normalised"]),
             dict(details["training"]),
+            str(details["tensors_sha256"]),
         )
         declared = {str(t["name"]): int(t["width"]) for t in details["tags"]}
         width = int(result.backbone["embedding_width"])
@@ -174,12 +177,13 @@ def _read_details(path: Path) -> dict[str, Any]:
     return details
 
 
-def _replace_folder(folder: Path, files: dict[str, bytes]) -> None:
-    """Write files into a new folder beside `folder`, then put it in its place."""
+def replace_folder(folder: Path, files: dict[str, bytes]) -> None:
+    """Write files, by their paths in it, into a new folder beside `folder`, then put it in its place."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         for name, content in files.items():
+            (part / name).parent.mkdir(exist_ok=True)
             with (part / name).open("wb") as out:
                 out.write(content)
                 out.flush()

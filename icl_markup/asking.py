@@ -1,0 +1,201 @@
+"""Asks a model about texts, given any number of labels and demonstrations: what each prompt shows, in which orders."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import log_softmax, logsumexp
+
+from icl_markup.drawing import reorder
+from icl_markup.episodes import Demo, Episode, Option, Query
+from icl_markup.errors import PromptError
+from icl_markup.model import MarkupModel
+from icl_markup.prompted import CONTENT_FREE
+from icl_markup.retrieval import TEMPERATURE
+from icl_markup.retrievers import Retriever, similarities
+from icl_markup.selection import label_similarity, nearest_demos, single
+from icl_markup.tasks import NONE_OF_THE_ABOVE
+
+SPARE = 64
+"""Tokens kept free for a query when it is decided whether everything fits one prompt."""
+
+
+class Asked(NamedTuple):
+    """One prompt's episode: which texts its queries are, the column of each of its options, the retriever's opinion."""
+
+    rows: list[int]
+    episode: Episode
+    columns: list[int]
+    opinion: NDArray[np.float64] | float = 0.0
+
+
+@dataclass(frozen=True)
+class Asker:
+    """Labels, demonstrations, and how they are put into prompts.
+
+    Attributes:
+        model: the backbone with its tags.
+        labels: the labels, as options.
+        demos: the demonstrations.
+        offers_none: offer "none of the above" as the last option.
+        retriever: chooses options and demonstrations for each text where they do not fit one prompt.
+        options: labels a prompt, where they are chosen.
+        most_demos: demonstrations a prompt, where they are chosen.
+        weight: where they are chosen, how much the retriever's similarity counts beside the prompt's answer: their
+            probabilities are multiplied (a product of experts, Hinton 2002), the retriever's to this power.
+        n_permutations: orders of the options, over which probabilities are averaged; "none of the above" stays last.
+        contextual: divide by the mean probabilities that content-free texts have in the same prompt (Zhao et al. 2021).
+        seed: seeds the orders.
+        batch_tokens: the most tokens of one forward pass.
+        task_description: for templates with the field ``{task}``.
+    """
+
+    model: MarkupModel
+    labels: tuple[Option, ...]
+    demos: tuple[Demo, ...]
+    retriever: Retriever
+    offers_none: bool = False
+    options: int = 10
+    most_demos: int = 20
+    weight: float = 0.0
+    n_permutations: int = 1
+    contextual: bool = False
+    seed: int = 0
+    batch_tokens: int = 4096
+    task_description: str = ""
+
+    @cached_property
+    def whole(self) -> Episode:
+        """Every label and demonstration, without a query."""
+        none = (Option(NONE_OF_THE_ABOVE),) if self.offers_none else ()
+        return Episode(self.labels + none, self.demos, (), "", self.task_description)
+
+    @cached_property
+    def retrieves(self) -> bool:
+        """Whether each text has a prompt of its own choice, as one with everything would be too long."""
+        markup = self.model.markup
+        most = markup.most_options
+        if most is not None and len(self.whole.options) > most:
+            return True
+        prompt = markup.compose_whole(replace(self.whole, queries=(Query("?"),)))
+        return prompt is None or len(prompt.ids) + SPARE > markup.max_length
+
+    def log_probs(self, texts: Sequence[str]) -> NDArray[np.float64]:
+        """Return log-probabilities of the labels, and of "none of the above" in a last column where it is offered.
+
+        Args:
+            texts: the texts to classify.
+
+        Returns:
+            Shape (texts, labels (+ 1)); -inf where a prompt did not offer a label.
+
+        Raises:
+            PromptError: a text is empty, or does not fit.
+        """
+        width = len(self.whole.options)
+        parts = np.full((self.n_permutations, len(texts), width), -np.inf)
+        asked = list(self.asked(texts))
+        probes = tuple(Query(text) for text in CONTENT_FREE) if self.contextual else ()
+        episodes = [replace(one.episode, queries=one.episode.queries + probes) for _, one in asked]
+        for (permutation, one), found in zip(asked, self.model.scores(episodes, self.batch_tokens), strict=True):
+            scores = log_softmax(np.array([row.scores.double().numpy() for row in found]), axis=1)
+            own, probed = scores[: len(one.rows)], scores[len(one.rows) :]
+            if self.contextual:
+                own = log_softmax(own - logsumexp(probed, axis=0) + np.log(len(probed)), axis=1)
+            own = log_softmax(own + self.weight * one.opinion, axis=1)
+            parts[permutation][np.ix_(one.rows, one.columns)] = own
+        if self.n_permutations == 1:
+            return np.asarray(parts[0])
+        with np.errstate(divide="ignore"):
+            return np.asarray(logsumexp(parts, axis=0) - np.log(self.n_permutations))
+
+    def asked(self, texts: Sequence[str]) -> Iterator[tuple[int, Asked]]:
+        """Yield the prompts' episodes, each with the number of its order of options."""
+        chosen = list(self._chosen(texts)) if self.retrieves else []
+        for permutation in range(self.n_permutations):
+            if not self.retrieves:
+                queries = tuple(Query(text) for text in texts)
+                columns = list(range(len(self.whole.options)))
+                yield permutation, self._ordered(Asked([*range(len(texts))], self._with(queries), columns), permutation)
+            for one in chosen:
+                yield permutation, self._ordered(one, permutation)
+
+    def _with(self, queries: tuple[Query, ...]) -> Episode:
+        return replace(self.whole, queries=queries)
+
+    def _ordered(self, one: Asked, permutation: int) -> Asked:
+        if permutation == 0:
+            return one
+        inside = len(one.columns) - self.offers_none
+        # Orders that are each other's rotations put every option in every place equally often.
+        order = list(range(inside))
+        random.Random(f"{self.seed}/{permutation // inside}").shuffle(order)
+        shift = permutation % inside
+        order = [*order[shift:], *order[:shift], *range(inside, len(one.columns))]
+        opinion = one.opinion if isinstance(one.opinion, float) else one.opinion[order]
+        return Asked(one.rows, reorder(one.episode, order), [one.columns[i] for i in order], opinion)
+
+    def recall(self, texts: Sequence[str], answers: Sequence[int]) -> float:
+        """Return the share of texts whose right label the retriever puts among the options; 1 where all are shown.
+
+        Args:
+            texts: the texts.
+            answers: the index of each text's right label.
+        """
+        if not self.retrieves or not texts:
+            return 1.0
+        offered = [answer in one.columns for one, answer in zip(self._chosen(texts), answers, strict=True)]
+        return float(np.mean(offered))
+
+    @cached_property
+    def _stored(self) -> tuple[list[str], NDArray[np.intp]]:
+        names = [option.name for option in self.labels]
+        owners = [*range(len(names)), *(demo.answer for demo in self.demos)]
+        return [*names, *(demo.text for demo in self.demos)], np.array(owners, dtype=np.intp)
+
+    def _chosen(self, texts: Sequence[str]) -> Iterator[Asked]:
+        stored, owners = self._stored
+        labels = len(self.labels)
+        similarity = similarities(self.retriever, texts, stored)
+        near = label_similarity(similarity, owners, labels)
+        for row, text in enumerate(texts):
+            options = np.argsort(-near[row], kind="stable")[: self._most_options].tolist()
+            shown = nearest_demos(similarity[row, labels:], owners[labels:], options, self.most_demos)
+            # The nearest label and "none of the above" stand level: how near is near differs between retrievers.
+            opinion = (near[row, options] - near[row, options[0]]) / TEMPERATURE
+            if self.offers_none:
+                options, opinion = [*options, labels], np.append(opinion, 0.0)
+            demos = [self.demos[j] for j in shown]
+            yield Asked([row], single(self.whole, Query(text), options, demos), options, opinion)
+
+    @property
+    def _most_options(self) -> int:
+        most = self.model.markup.most_options
+        return self.options if most is None else min(self.options, most - self.offers_none)
+
+    def check(self) -> None:
+        """Compose a prompt of the longest labels, so that what can never work is said before a text is asked.
+
+        Raises:
+            PromptError: there are fewer than two options, a name or demonstration is empty, or names are too long.
+        """
+        if len(self.whole.options) < 2:
+            count = "1 class" if self.labels else "no class"
+            raise PromptError(f"{count}: give two labels or more, or one and none_of_the_above='option'")
+        episode = replace(self.whole, queries=(Query("?"),), demos=())
+        if self.retrieves:
+            encode = self.model.backbone.encoder.encode
+            longest = sorted(range(len(self.labels)), key=lambda i: -len(encode(self.labels[i].name)))
+            none = [len(self.labels)] if self.offers_none else []
+            episode = single(self.whole, Query("?"), [*longest[: self._most_options], *none], [])
+        self.model.markup.check(replace(episode, demos=()))
+        self.model.markup.compose(episode)
+        for i, demo in enumerate(self.demos):
+            if not demo.text.strip():
+                raise PromptError(f"demonstration {i} has an empty text")

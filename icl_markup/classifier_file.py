@@ -1,0 +1,149 @@
+"""Classifier folders: ``classifier.json`` (labels, demonstrations, parameters, calibration) and, beside it, the tags.
+
+A folder holds nothing that is executed and names the backbone, which is not in it. It is written whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from icl_markup.calibration import Calibration
+from icl_markup.errors import ConfigError, MarkupError, TagFileError
+from icl_markup.loading import BackboneConfig
+from icl_markup.model import MarkupModel
+from icl_markup.tagfile import replace_folder, save_model
+from icl_markup.tasks import NONE_OF_THE_ABOVE
+
+if TYPE_CHECKING:
+    from icl_markup.classifier import MarkupClassifier
+
+FORMAT = 1
+FILE, TAGS = "classifier.json", "tags"
+_ELSEWHERE = ("tags", "backbone", "template", "device", "descriptions")
+"""Parameters that are not written as they are: the tags lie in a folder of their own, the device is the reader's."""
+
+
+def save_classifier(classifier: MarkupClassifier, folder: str | Path) -> Path:
+    """Write a fitted classifier; see `MarkupClassifier.save`."""
+    folder = Path(folder)
+    if callable(classifier.retriever):
+        raise ConfigError(
+            "retriever is a function, which cannot be written as data; name one, or give it after loading"
+        )
+    if folder.exists() and not folder.is_dir():
+        raise TagFileError(f"{folder}: is a file; give a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / FILE).exists():
+        raise TagFileError(f"{folder}: holds other files and no classifier; choose an empty or a new folder")
+    model = classifier.fitted_model()
+    inside = classifier.labels()
+    descriptions = classifier.descriptions or {}
+    details = {
+        "format": FORMAT,
+        "backbone": {"name": model.backbone.name, "revision": model.backbone.revision},
+        "template": None if model.table is not None else {"source": model.template.source, "answers": model.answers},
+        "parameters": {k: v for k, v in classifier.get_params(deep=False).items() if k not in _ELSEWHERE},
+        "classes": inside,
+        "descriptions": [str(descriptions.get(label, "")) for label in inside],
+        "demonstrations": [
+            {"text": text, "class": answer} for text, answer in zip(classifier.texts_, classifier.labels_, strict=True)
+        ],
+        "calibration": classifier.calibration_.to_json(),
+    }
+    try:
+        text = json.dumps(details, indent=1, ensure_ascii=False, default=_plain) + "\n"
+    except TypeError as error:
+        raise ConfigError(f"a parameter of the classifier cannot be written as data: {error}") from error
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        try:
+            files = {FILE: text.encode()}
+            if model.table is not None:
+                tags = save_model(model, part / TAGS, classifier.tags_training())
+                files |= {f"{TAGS}/{file.name}": file.read_bytes() for file in sorted(tags.iterdir())}
+            replace_folder(folder, files)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    except OSError as error:
+        raise TagFileError(f"{folder}: cannot write the classifier: {error}") from error
+    return folder
+
+
+def load_classifier(folder: str | Path, device: str = "auto") -> MarkupClassifier:
+    """Read a classifier folder; see `MarkupClassifier.load`."""
+    from icl_markup.classifier import MarkupClassifier
+
+    folder = Path(folder)
+    path = folder / FILE
+    details = _read(path)
+    try:
+        parameters = dict(details["parameters"])
+        known = set(MarkupClassifier().get_params(deep=False)) - set(_ELSEWHERE)
+        if not set(parameters) <= known:
+            raise ValueError(f"unknown parameter {min(set(parameters) - known)!r}")
+        backbone, template = details["backbone"], details["template"]
+        classes = [_label(value) for value in details["classes"]]
+        descriptions = {c: str(d) for c, d in zip(classes, details["descriptions"], strict=True) if d}
+        texts = [str(one["text"]) for one in details["demonstrations"]]
+        answers = [classes[_index(one["class"], len(classes))] for one in details["demonstrations"]]
+        calibration = Calibration.from_json(details["calibration"])
+        config = BackboneConfig(str(backbone["name"]), backbone["revision"], device=device)
+        source = None if template is None else (str(template["source"]), str(template["answers"]))
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        if isinstance(error, MarkupError):
+            raise
+        raise TagFileError(f"{path}: damaged: {type(error).__name__} {error}") from error
+    tags: Any = folder / TAGS if source is None else _plain_model(config, *source)
+    classifier = MarkupClassifier(tags, descriptions=descriptions or None, device=device, **parameters)
+    try:
+        classifier.fit(texts, answers, classes=classes)
+    except MarkupError as error:
+        raise TagFileError(f"{folder}: {error}") from error
+    classifier.calibration_ = calibration
+    return classifier
+
+
+def _plain_model(config: BackboneConfig, source: str, answers: str) -> MarkupModel:
+    from icl_markup.backbone import Backbone
+    from icl_markup.template import Template
+
+    kind: Any = answers
+    return MarkupModel(Backbone.load(config), Template.parse(source, "saved"), answers=kind)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        details = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise TagFileError(f"{path}: cannot be read: {error.strerror}; is this a classifier folder?") from error
+    except (ValueError, RecursionError) as error:
+        raise TagFileError(f"{path}: damaged: not valid JSON ({error})") from error
+    if not isinstance(details, dict) or "format" not in details:
+        raise TagFileError(f"{path}: damaged: no format version")
+    if details["format"] != FORMAT:
+        raise TagFileError(f"{path}: format {details['format']!r}; this version reads format {FORMAT}")
+    return details
+
+
+def _index(value: Any, count: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < count:
+        raise ValueError(f"a demonstration has class {value!r} of {count}")
+    return value
+
+
+def _label(value: Any) -> Any:
+    if not isinstance(value, (str, int)) or value == NONE_OF_THE_ABOVE:
+        raise ValueError(f"a class is {value!r}")
+    return value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{value!r} of type {type(value).__name__}")

@@ -1,0 +1,168 @@
+"""What a classifier is given: texts, labels and classes, checked, with messages that say which one is at fault."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from icl_markup.errors import ConfigError, PromptError
+from icl_markup.tasks import NONE_OF_THE_ABOVE
+from icl_markup.text import is_encodable
+
+_MOST_CHARACTERS = 32
+"""No tokenizer makes a token of more characters than this on average; more of a text need not be read to cut it."""
+
+
+_CHOICES = {
+    "none_of_the_above": (None, "option", "threshold"),
+    "calibration": ("none", "contextual", "batch"),
+}
+_LEAST = {"options": 2, "demos": 1, "n_permutations": 1, "most_tokens": 1, "batch_tokens": 1}
+
+
+def check_parameters(classifier: Any) -> None:
+    """Check a classifier's parameters, which scikit-learn sets without looking.
+
+    Raises:
+        ConfigError: one has a value that it cannot have.
+    """
+    for name, choices in _CHOICES.items():
+        value = getattr(classifier, name)
+        if value not in choices:
+            raise ConfigError(f"{name}: {value!r} is not one of {', '.join(map(repr, choices))}")
+    for name, least in _LEAST.items():
+        value = getattr(classifier, name)
+        if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
+            raise ConfigError(f"{name}: {value!r} is not a whole number of at least {least}")
+    for name in ("threshold", "retriever_weight"):
+        value = getattr(classifier, name)
+        is_number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and np.isfinite(value)
+        if not is_number and value != {"threshold": None, "retriever_weight": "auto"}[name]:
+            raise ConfigError(f"{name}: {value!r} is not a finite number")
+
+
+def checked_texts(X: Any, name: str) -> list[str]:
+    """Return texts as a list of strings.
+
+    Args:
+        X: a list, tuple, array or column of strings, of shape (texts,).
+        name: what the argument is called in messages.
+
+    Raises:
+        PromptError: it is one string, has another shape, or an item is missing, no string, empty, or no text.
+    """
+    if isinstance(X, str):
+        raise PromptError(f"{name} is one string; give a list of texts")
+    if hasattr(X, "toarray"):
+        raise PromptError(f"{name} is a sparse matrix of numbers; give a list of texts")
+    if hasattr(X, "ndim") and X.ndim != 1:
+        raise PromptError(f"{name} has {X.ndim} dimensions; give one text an item, shape (texts,). Reshape your data.")
+    try:
+        items = list(X)
+    except TypeError as error:
+        raise PromptError(f"{name} is {type(X).__name__}; give a list of texts") from error
+    for i, item in enumerate(items):
+        if not isinstance(item, str):
+            raise PromptError(f"{name}: item {i} is {_shown(item)}, not a text")
+        if not item.strip():
+            raise PromptError(f"{name}: text {i} is empty")
+        if not is_encodable(item):
+            raise PromptError(f"{name}: text {i} holds half of a surrogate pair, which is no text; remove it")
+    return [str(item) for item in items]
+
+
+def checked_labels(y: Any, count: int | None, name: str) -> list[Any]:
+    """Return labels as a list of plain values.
+
+    Args:
+        y: strings, whole numbers or booleans, of shape (labels,).
+        count: how many there must be; None: any number.
+        name: what the argument is called in messages.
+
+    Raises:
+        PromptError: it is one string or None, has another shape or length, or a label is missing or of another type.
+    """
+    if y is None:
+        raise PromptError(f"{name} is None; this classifier requires {name} to be passed, but the target y is None")
+    if isinstance(y, str):
+        raise PromptError(f"{name} is one string; give a list of labels")
+    if hasattr(y, "ndim") and y.ndim == 2 and y.shape[1] == 1:
+        y = np.asarray(y)[:, 0]
+    if hasattr(y, "ndim") and y.ndim != 1:
+        raise PromptError(f"{name} has {y.ndim} dimensions; give one label a text, shape (texts,)")
+    labels = [_plain(item) for item in list(y)]
+    if count is not None and len(labels) != count:
+        raise PromptError(
+            f"{name} has {len(labels)} labels for {count} texts; their numbers of samples are inconsistent"
+        )
+    for i, label in enumerate(labels):
+        if not isinstance(label, (str, int)):
+            raise PromptError(f"{name}: label {i} is {_shown(label)}; labels are strings or whole numbers")
+        if isinstance(label, str) and not label.strip():
+            raise PromptError(f"{name}: label {i} is empty")
+        if isinstance(label, str) and not is_encodable(label):
+            raise PromptError(f"{name}: label {i} holds half of a surrogate pair, which is no text; rename it")
+    return labels
+
+
+def distinct_classes(labels: Sequence[Any], with_none: bool) -> NDArray[Any]:
+    """Return the distinct labels, sorted, with "none of the above" at the end where it can be answered.
+
+    Raises:
+        PromptError: two labels are written alike, or one is "none of the above".
+    """
+    distinct = sorted(set(labels), key=lambda label: (isinstance(label, str), label))
+    written: dict[str, Any] = {}
+    for label in distinct:
+        text = str(label).strip()
+        if text in written:
+            raise PromptError(f"labels {written[text]!r} and {label!r} are written alike; rename one")
+        written[text] = label
+        if text == NONE_OF_THE_ABOVE:
+            raise PromptError(
+                f"label {label!r} has a meaning of its own: leave such texts out of the demonstrations, set "
+                "none_of_the_above, and give them to calibrate"
+            )
+    if with_none:
+        return np.array([*distinct, NONE_OF_THE_ABOVE], dtype=object if _mixed(distinct) else None)
+    return np.array(distinct)
+
+
+def _plain(label: Any) -> Any:
+    if isinstance(label, np.generic):
+        label = label.item()
+    return int(label) if isinstance(label, float) and label.is_integer() else label
+
+
+def _mixed(labels: Sequence[Any]) -> bool:
+    return any(not isinstance(label, str) for label in labels)
+
+
+def cut_text(text: str, most: int, encode: Callable[[str], Sequence[int]]) -> str:
+    """Return the longest beginning of a text that has at most so many tokens.
+
+    Args:
+        text: the text.
+        most: the most tokens.
+        encode: text to token ids.
+    """
+    text = text[: most * _MOST_CHARACTERS]
+    if len(encode(text)) <= most:
+        return text
+    low, high = 1, len(text)  # text[:low] fits, text[:high] does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        if len(encode(text[:middle])) <= most:
+            low = middle
+        else:
+            high = middle
+    return text[:low] if text[:low].strip() else text[:high]
+
+
+def _shown(item: Any) -> str:
+    if item is None or (isinstance(item, (float, np.floating)) and np.isnan(item)):
+        return "missing (NaN or None)"
+    return f"{str(item)[:40]!r} of type {type(item).__name__}"

@@ -1,0 +1,56 @@
+"""Models that classifiers share: clones of an estimator, as in a cross-validation, load a backbone once."""
+
+from __future__ import annotations
+
+import weakref
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from icl_markup.backbone import Backbone
+from icl_markup.loading import BackboneConfig
+from icl_markup.model import MarkupModel
+from icl_markup.tagfile import load_model, read_tags
+
+_models: weakref.WeakValueDictionary[tuple[Any, ...], MarkupModel] = weakref.WeakValueDictionary()
+_backbones: weakref.WeakValueDictionary[BackboneConfig, Backbone] = weakref.WeakValueDictionary()
+_latest: list[MarkupModel] = []
+"""The model asked for last is held: between two folds of a cross-validation no classifier does."""
+
+_lock = Lock()
+
+
+def load_shared(tags: str | Path | None, config: BackboneConfig | None, template: str | Path, seed: int) -> MarkupModel:
+    """Return the model of some tags, or of untrained ones of a template; loaded unless some classifier holds it.
+
+    Args:
+        tags: a tag folder, or None.
+        config: the backbone and its device; an empty name, or None: the tags' own, or the embedded one.
+        template: the template of untrained tags.
+        seed: their seed.
+
+    Raises:
+        TagFileError, BackboneError, TemplateError: something cannot be loaded.
+    """
+    with _lock:
+        device = config.device if config is not None else "auto"
+        name = config.name if config is not None else ""
+        revision = None
+        if tags is not None:
+            found = read_tags(tags)
+            if not name:
+                name, revision = str(found.backbone["name"]), found.backbone["revision"]
+            state: tuple[Any, ...] = (found.tensors_sha256, found.template.source)
+        else:
+            state = (str(template), seed)
+        wanted = BackboneConfig(name or "embedded", revision, device=device)
+        key = (tags is not None, *state, wanted)
+        model = _models.get(key)
+        if model is None:
+            backbone = _backbones.get(wanted)
+            if backbone is None:
+                backbone = _backbones[wanted] = Backbone.load(wanted)
+            model = MarkupModel(backbone, template, seed=seed) if tags is None else load_model(tags, backbone)
+            _models[key] = model
+        _latest[:] = [model]
+        return model
