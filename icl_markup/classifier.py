@@ -259,15 +259,20 @@ class MarkupClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return save_classifier(self, folder)
 
     @classmethod
-    def load(cls, folder: str | Path, *, device: str = "auto") -> MarkupClassifier:
+    def load(cls, folder: str | Path, *, device: str = "auto", batch_tokens: int | None = None) -> MarkupClassifier:
         """Read a folder that `save` wrote.
+
+        Args:
+            folder: the folder.
+            device: ``auto``, ``cpu``, ``cuda`` …
+            batch_tokens: the most tokens of one forward pass; None: as it was saved.
 
         Raises:
             TagFileError: the folder is missing, damaged or of a later format, or its tags do not fit the backbone.
         """
         from icl_markup.classifier_file import load_classifier
 
-        return load_classifier(folder, device)
+        return load_classifier(folder, device, batch_tokens)
 
     def fitted_model(self) -> MarkupModel:
         """Return the model that answers; shared by classifiers with the same tags and backbone."""

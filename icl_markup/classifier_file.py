@@ -75,7 +75,7 @@ def save_classifier(classifier: MarkupClassifier, folder: str | Path) -> Path:
     return folder
 
 
-def load_classifier(folder: str | Path, device: str = "auto") -> MarkupClassifier:
+def load_classifier(folder: str | Path, device: str = "auto", batch_tokens: int | None = None) -> MarkupClassifier:
     """Read a classifier folder; see `MarkupClassifier.load`."""
     from icl_markup.classifier import MarkupClassifier
 
@@ -99,6 +99,8 @@ def load_classifier(folder: str | Path, device: str = "auto") -> MarkupClassifie
         if isinstance(error, MarkupError):
             raise
         raise TagFileError(f"{path}: damaged: {type(error).__name__} {error}") from error
+    if batch_tokens is not None:
+        parameters["batch_tokens"] = batch_tokens
     tags: Any = folder / TAGS if source is None else _plain_model(config, *source)
     classifier = MarkupClassifier(tags, descriptions=descriptions or None, device=device, **parameters)
     try:

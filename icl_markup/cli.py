@@ -7,27 +7,40 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+
+from tqdm import tqdm
 
 from icl_markup.config import describe, load_config
 from icl_markup.errors import MarkupError
 
+_FIT = "Make a classifier of labels and examples; nothing is trained. Writes a folder that predict loads."
+_PREDICT = """Classify texts; writes JSONL. Exit codes: 0 done; 1 done, but some texts have an error instead of an
+answer (--keep-errors); 2 an error; 130 interrupted."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return 0, or 2 after an error, which is printed in one line."""
+    """Run one command and return its exit code.
+
+    0: done; 1: done, but texts were left out with their errors; 2: an error, which is printed in one line; 130:
+    interrupted.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     args, overrides = _split(arguments)
-    command: Callable[[argparse.Namespace, list[str]], None] = args.run
+    command: Callable[[argparse.Namespace, list[str]], int | None] = args.run
     try:
-        command(args, overrides)
+        return command(args, overrides) or 0
     except MarkupError as error:
         print(f"icl-markup: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("icl-markup: interrupted; what was finished is kept, and the same command goes on", file=sys.stderr)
+        return 130
     except BrokenPipeError:
         # The reader has gone (`| head`): what is left must not be flushed into the closed pipe at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    return 0
 
 
 def _split(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -65,11 +78,20 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--out", default="results/README.md", help="the Markdown page; its figures go beside it")
     report.set_defaults(run=_report)
 
-    predict = commands.add_parser("predict", help="classify texts", description="Classify texts; writes JSONL.")
+    fit = commands.add_parser("fit", help="make a classifier of examples", description=_FIT)
+    _add_fit(fit)
+    fit.set_defaults(run=_fit)
+
+    predict = commands.add_parser("predict", help="classify texts", description=_PREDICT)
+    predict.add_argument("--classifier", help="a classifier's folder, made by fit; brings everything along")
     _add_model(predict)
     _add_episode(predict)
-    predict.add_argument("--file", help="a file with a text a line; - or nothing: standard input")
-    predict.add_argument("--batch-tokens", type=int, default=2048, help="most tokens of one forward pass")
+    predict.add_argument("--file", help="a text a line, or .jsonl, .csv, .tsv; - or nothing: standard input")
+    predict.add_argument("--text-column", default="text", help="where a .jsonl, .csv or .tsv file has its texts")
+    predict.add_argument("--out", help="a JSONL file; if it exists, answers go on after its last one")
+    predict.add_argument("--top", type=int, help="give the probabilities of so many labels")
+    predict.add_argument("--keep-errors", action="store_true", help="write a text's error and go on; exit code 1")
+    predict.add_argument("--batch-tokens", type=int, help="most tokens of one forward pass")
     predict.add_argument("texts", nargs="*", help="the texts; write -- before the first")
     predict.set_defaults(run=_predict)
 
@@ -101,6 +123,23 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--answers", choices=["symbols", "names"], default="symbols",
                         help="read option symbols, or score whole names (beyond 26 labels anyway)")  # fmt: skip
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps …")
+
+
+def _add_fit(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("examples", help="a .jsonl, .csv or .tsv file, or a task folder, with texts and labels")
+    parser.add_argument("--out", required=True, help="the folder to write; an existing classifier is replaced")
+    parser.add_argument("--tags", help="a folder of warmed-up tags (default: untrained ones)")
+    parser.add_argument("--backbone", help="a transformers folder or hub name (default: the tags', or embedded)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, mps …")
+    parser.add_argument("--text-column", default="text")
+    parser.add_argument("--label-column", default="label")
+    parser.add_argument("--shots", type=int, help="keep the first so many examples of each label (default: all)")
+    parser.add_argument("--validation", help="a file as the examples: learns temperature and threshold; its label "
+                        "'none of the above' marks texts that no label fits")  # fmt: skip
+    parser.add_argument("--none-of-the-above", choices=["option", "threshold"])
+    parser.add_argument("--calibration", choices=["none", "contextual", "batch"], default="none")
+    parser.add_argument("--retriever", choices=["backbone", "bm25", "embedding"], default="backbone")
+    parser.add_argument("--permutations", type=int, default=1, help="orders of the options to average over")
 
 
 def _add_episode(parser: argparse.ArgumentParser) -> None:
@@ -151,14 +190,30 @@ def _helped(args: argparse.Namespace, cls: type, name: str) -> bool:
     return False
 
 
-def _predict(args: argparse.Namespace, _overrides: list[str]) -> None:
-    from icl_markup.predict import open_texts, predict_lines
-    from icl_markup.serving import load_for, task_episode
+def _fit(args: argparse.Namespace, _overrides: list[str]) -> None:
+    from icl_markup.fit import fit_files
 
-    with open_texts(args.texts, args.file) as texts:
-        model = load_for(args)
-        for line in predict_lines(model, task_episode(args), texts, args.batch_tokens):
-            print(line, flush=True)
+    for line in fit_files(args):
+        print(line)
+
+
+def _predict(args: argparse.Namespace, _overrides: list[str]) -> int:
+    from icl_markup.output import resumed
+    from icl_markup.predict import open_texts, predict_lines
+    from icl_markup.serving import ask_for
+
+    failed = 0
+    with open_texts(args.texts, args.file, args.text_column) as texts, ExitStack() as stack:
+        ask = ask_for(args)
+        out = stack.enter_context(resumed(args.out, texts)) if args.out else sys.stdout
+        lines = predict_lines(ask, texts, keep_errors=args.keep_errors)
+        # A bar beside answers on a terminal would break their lines.
+        bar = tqdm(lines, desc="classifying", unit="text", disable=None if args.out else True)
+        for line in bar:
+            out.write(line.json + "\n")
+            out.flush()
+            failed += line.failed
+    return 1 if failed else 0
 
 
 def _show(args: argparse.Namespace, _overrides: list[str]) -> None:

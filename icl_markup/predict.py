@@ -1,93 +1,170 @@
-"""Streams texts through a model: lines in, JSONL out, in constant memory."""
+"""Streams texts through a model or classifier: texts in, JSON lines out, in constant memory."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from icl_markup.episodes import Episode, Query
-from icl_markup.errors import PromptError
-from icl_markup.model import MarkupModel, Prediction
+from icl_markup.errors import MarkupError, PromptError
+from icl_markup.model import MarkupModel
+from icl_markup.readers import rows_of
+
+if TYPE_CHECKING:
+    from icl_markup.classifier import MarkupClassifier
+
+Answer = dict[str, Any]
+Ask = Callable[[list[str]], list[Answer]]
+"""A function from texts to one answer each, in order: the label, probabilities, and what else is worth saying."""
 
 _CHUNK = 256
 """Texts that are batched together; the memory a stream needs does not depend on its length."""
 
 
-@contextmanager
-def open_texts(texts: Sequence[str], file: str | None) -> Iterator[Iterable[tuple[str, str]]]:
-    """Open texts given as arguments, in a file (a text a line), or on standard input.
+class Text(NamedTuple):
+    """A text and where it stands: ``argument 1``, ``file:3``."""
 
-    Yields pairs of a place (``argument 1``, ``file:3``) and a text; blank lines of a file are passed over.
+    place: str
+    text: str
+
+
+class Line(NamedTuple):
+    """A line of output, and whether it is an error's."""
+
+    json: str
+    failed: bool
+
+
+@contextmanager
+def open_texts(texts: Sequence[str], file: str | None, column: str = "text") -> Iterator[Iterator[Text]]:
+    """Open texts given as arguments, in a file, or on standard input.
+
+    A .jsonl, .csv or .tsv file has its texts in a column; any other has one a line, and blank lines are passed over.
 
     Raises:
         PromptError: both arguments and a file are given, or the file cannot be read.
+        TaskError: a row is malformed, or has no text in that column.
     """
     if texts and file:
         raise PromptError("give texts either as arguments or with --file, not both")
     if texts:
-        yield ((f"argument {i}", text) for i, text in enumerate(texts, start=1))
+        yield (Text(f"argument {i}", text) for i, text in enumerate(texts, start=1))
         return
     if file in (None, "-"):
         yield _numbered("standard input", sys.stdin)
         return
+    path = Path(str(file))
     try:
-        lines = Path(str(file)).open(encoding="utf-8")  # noqa: SIM115 (closed below; errors of the body are its own)
+        lines = path.open(encoding="utf-8")
     except OSError as error:
         raise PromptError(f"{file}: cannot be read: {error.strerror}") from error
     with lines:
-        yield _numbered(str(file), lines)
+        if path.suffix in (".jsonl", ".csv", ".tsv"):
+            yield _column(path, column)
+        else:
+            yield _numbered(str(file), lines)
 
 
-def predict_lines(
-    model: MarkupModel, episode: Episode, texts: Iterable[tuple[str, str]], batch_tokens: int
-) -> Iterator[str]:
+def predict_lines(ask: Ask, texts: Iterable[Text], *, keep_errors: bool = False) -> Iterator[Line]:
     """Classify texts in order and yield a JSON line each: text, label, probabilities.
+
+    Args:
+        ask: answers texts.
+        texts: the texts.
+        keep_errors: a text that cannot be classified has a line with its error, instead of ending the stream.
+
+    Raises:
+        MarkupError: a text is empty, or does not fit; the message names its place. Lines before it were yielded.
+    """
+    source = iter(texts)
+    while chunk := list(islice(source, _CHUNK)):
+        try:
+            answers = ask([one.text for one in chunk])
+        except MarkupError:
+            # One text spoils a batch: answer one by one, and name the place of what cannot be.
+            for one in chunk:
+                try:
+                    [answer] = ask([one.text])
+                except MarkupError as error:
+                    if not keep_errors:
+                        raise PromptError(f"{one.place}: {error}") from error
+                    yield Line(_json({"text": one.text, "error": f"{one.place}: {error}"}), True)
+                else:
+                    yield Line(_json({"text": one.text, **answer}), False)
+        else:
+            for one, answer in zip(chunk, answers, strict=True):
+                yield Line(_json({"text": one.text, **answer}), False)
+
+
+def ask_model(model: MarkupModel, episode: Episode, batch_tokens: int, top: int | None = None) -> Ask:
+    """Return a function that asks a model with one episode's options and demonstrations.
 
     Args:
         model: the model.
         episode: options and demonstrations; its queries are ignored.
-        texts: pairs of place and text.
         batch_tokens: the most tokens of one forward pass, padding included.
-
-    Raises:
-        PromptError: a text is empty, or does not fit; the message names its place. Lines before it were yielded.
+        top: give the probabilities of so many labels, the largest first; None: of all, in their order.
     """
-    source = iter(texts)
-    while chunk := list(islice(source, _CHUNK)):
-        asked = replace(episode, queries=tuple(Query(text) for _, text in chunk))
-        try:
-            answers = model.predictions(asked, batch_tokens)
-        except PromptError:
-            # One text spoils a batch: answer what stands before it, and name its place.
-            for place, text in chunk:
-                if not text.strip():
-                    raise PromptError(f"{place}: the text is empty") from None
-                try:
-                    [answer] = model.predictions(replace(episode, queries=(Query(text),)), batch_tokens)
-                except PromptError as error:
-                    raise PromptError(f"{place}: {error}") from error
-                yield _line(answer)
-            raise
-        yield from map(_line, answers)
+
+    def ask(texts: list[str]) -> list[Answer]:
+        for text in texts:
+            if not text.strip():
+                raise PromptError("the text is empty")
+        answers = []
+        for found in model.predictions(replace(episode, queries=tuple(map(Query, texts))), batch_tokens):
+            answer: Answer = {"label": found.label, "probabilities": _top(found.probabilities, top)}
+            if found.shortened or found.dropped:
+                answer |= {"shortened_demonstrations": found.shortened, "dropped_demonstrations": found.dropped}
+            answers.append(answer)
+        return answers
+
+    return ask
 
 
-def _line(answer: Prediction) -> str:
-    line: dict[str, Any] = {"text": answer.text, "label": answer.label, "probabilities": answer.probabilities}
-    if answer.shortened or answer.dropped:
-        line |= {"shortened_demonstrations": answer.shortened, "dropped_demonstrations": answer.dropped}
+def ask_classifier(classifier: MarkupClassifier, top: int | None = None) -> Ask:
+    """Return a function that asks a fitted classifier; `top` as in `ask_model`."""
+    classes = classifier.classes_.tolist()
+
+    def ask(texts: list[str]) -> list[Answer]:
+        answers = []
+        for row in classifier.predict_proba(texts):
+            probabilities = dict(zip(map(str, classes), row.tolist(), strict=True))
+            answers.append({"label": classes[int(row.argmax())], "probabilities": _top(probabilities, top)})
+        return answers
+
+    return ask
+
+
+def _top(probabilities: dict[str, float], top: int | None) -> dict[str, float]:
+    if top is None:
+        return probabilities
+    return dict(sorted(probabilities.items(), key=lambda item: -item[1])[:top])
+
+
+def _json(line: Answer) -> str:
     return json.dumps(line, ensure_ascii=False)
 
 
-def _numbered(name: str, lines: Iterable[str]) -> Iterator[tuple[str, str]]:
+def _numbered(name: str, lines: Iterable[str]) -> Iterator[Text]:
     try:
         for number, line in enumerate(lines, start=1):
             if line.strip():
-                yield f"{name}:{number}", line.strip()
+                yield Text(f"{name}:{number}", line.strip())
     except UnicodeDecodeError as error:
         raise PromptError(f"{name}: not UTF-8 text ({error})") from error
+
+
+def _column(path: Path, column: str) -> Iterator[Text]:
+    for number, row in rows_of(path):
+        text = row.get(column)
+        if not isinstance(text, str):
+            found = ", ".join(map(repr, row)) or "nothing"
+            reason = "is no text" if column in row else f"is missing; the row has {found}"
+            raise PromptError(f"{path}:{number}: column {column!r} {reason}; set --text-column")
+        yield Text(f"{path}:{number}", text)

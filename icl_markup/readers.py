@@ -146,6 +146,18 @@ def _read_meta(path: Path) -> Mapping[str, Any]:
 
 
 def _read_rows(path: Path, source: TaskSource) -> list[Example]:
+    return [example_of(row, f"{path}:{line}", source) for line, row in rows_of(path) if _wanted(row, source)]
+
+
+def rows_of(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Read a JSONL, CSV or TSV file row by row, in constant memory.
+
+    Yields:
+        Line numbers and rows.
+
+    Raises:
+        TaskError: the file cannot be read, is of another kind, or a row is malformed; the message names the line.
+    """
     readers: dict[str, Callable[[Path], Iterator[tuple[int, Mapping[str, Any]]]]] = {
         ".jsonl": _jsonl_rows,
         ".csv": lambda p: _csv_rows(p, ","),
@@ -154,9 +166,9 @@ def _read_rows(path: Path, source: TaskSource) -> list[Example]:
     if path.suffix not in readers:
         raise TaskError(f"{path}: unknown kind of file {path.suffix!r}; use .jsonl, .csv or .tsv")
     try:
-        return [
-            _example(row, f"{path}:{line}", source) for line, row in readers[path.suffix](path) if _wanted(row, source)
-        ]
+        yield from readers[path.suffix](path)
+    except OSError as error:
+        raise TaskError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise TaskError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from error
 
@@ -200,7 +212,12 @@ def _wanted(row: Mapping[str, Any], source: TaskSource) -> bool:
     return all(row.get(column) is None or str(row[column]) in kept for column, kept in source.only.items())
 
 
-def _example(row: Mapping[str, Any], place: str, source: TaskSource) -> Example:
+def example_of(row: Mapping[str, Any], place: str, source: TaskSource) -> Example:
+    """Read text and label off a row.
+
+    Raises:
+        TaskError: a column is missing or empty, or holds no text; the message names `place`.
+    """
     for column in (source.text_column, source.label_column):
         if column in row and row[column] is None:
             raise TaskError(f"{place}: column {column!r} is empty; remove the row or fill it in")
@@ -248,6 +265,6 @@ def _from_dataset(source: TaskSource, *, on_disk: bool) -> dict[str, list[Exampl
                 if index_of_class < 0:
                     raise TaskError(f"{source.path}[{split}]:{index}: the row has no label ({index_of_class})")
                 row = {**raw, source.label_column: names[index_of_class]}
-            rows.append(_example(row, f"{source.path}[{split}]:{index}", source))
+            rows.append(example_of(row, f"{source.path}[{split}]:{index}", source))
         splits[split] = rows
     return splits

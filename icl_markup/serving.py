@@ -9,6 +9,7 @@ from icl_markup.episodes import Episode
 from icl_markup.errors import PromptError
 from icl_markup.loading import BackboneConfig
 from icl_markup.model import MarkupModel
+from icl_markup.predict import Ask, ask_classifier, ask_model
 from icl_markup.readers import TaskSource, read_task
 from icl_markup.tagfile import load_model, read_tags
 from icl_markup.tasks import Task, TaskChecks
@@ -31,6 +32,26 @@ def load_for(args: argparse.Namespace) -> MarkupModel:
     saved = read_tags(args.tags).backbone
     revision = None if args.backbone else saved["revision"]
     return load_model(args.tags, BackboneConfig(args.backbone or saved["name"], revision, device=args.device))
+
+
+def ask_for(args: argparse.Namespace) -> Ask:
+    """Return what answers texts: the classifier of `--classifier`, or a model with the options of `task_episode`.
+
+    Raises:
+        PromptError: a classifier is given together with what it brings along, or `--top` is not positive.
+        MarkupError: something cannot be loaded.
+    """
+    if args.top is not None and args.top < 1:
+        raise PromptError(f"--top {args.top}: give a number of labels, at least 1")
+    if not args.classifier:
+        return ask_model(load_for(args), task_episode(args), args.batch_tokens or 2048, args.top)
+    for name in ("tags", "backbone", "template", "labels", "task", "demo", "none_of_the_above"):
+        if getattr(args, name):
+            raise PromptError(f"--classifier brings its own {name}; leave --{name.replace('_', '-')} away")
+    from icl_markup.classifier import MarkupClassifier
+
+    classifier = MarkupClassifier.load(args.classifier, device=args.device, batch_tokens=args.batch_tokens)
+    return ask_classifier(classifier, args.top)
 
 
 def task_episode(args: argparse.Namespace) -> Episode:
