@@ -25,16 +25,13 @@ from icl_markup.tagfile import read_tags
 from icl_markup.tasks import Task, TaskChecks
 
 SHOTS, HELD, ASKED, SEED = 5, 150, 150, 0
-TASKS = {
+NEWS = ["arts", "arts & culture", "college", "culture & arts", "education", "environment", "fifty", "good news",
+        "latino voices", "money", "religion", "science", "style", "taste", "tech", "world news"]  # fmt: skip
+TASKS: dict[str, dict[str, Any]] = {
     "banking77": {},
     "hint3_curekart": {},
-    "huffpost41": {
-        "labels": ["arts", "arts & culture", "college", "culture & arts", "education", "environment", "fifty",
-                   "good news",
-                   "latino voices", "money", "religion", "science", "style", "taste", "tech",
-                   "world news"],
-    },
-}  # fmt: skip
+    "huffpost41": {"labels": NEWS},
+}
 VARIANTS: dict[str, tuple[dict[str, Any], str]] = {
     "classifier": ({}, ""),
     "classifier + contextual calibration": ({"calibration": "contextual"}, ""),
