@@ -133,9 +133,10 @@ class Asker:
         if permutation == 0:
             return one
         inside = len(one.columns) - self.offers_none
-        # Orders that are each other's rotations put every option in every place equally often.
+        # The rotations of one order put every option in every place once; the first order is the labels' own.
         order = list(range(inside))
-        random.Random(f"{self.seed}/{permutation // inside}").shuffle(order)
+        if permutation >= inside:
+            random.Random(f"{self.seed}/{permutation // inside}").shuffle(order)
         shift = permutation % inside
         order = [*order[shift:], *order[:shift], *range(inside, len(one.columns))]
         opinion = one.opinion if isinstance(one.opinion, float) else one.opinion[order]

@@ -93,7 +93,10 @@ def checked_labels(y: Any, count: int | None, name: str) -> list[Any]:
         y = np.asarray(y)[:, 0]
     if hasattr(y, "ndim") and y.ndim != 1:
         raise PromptError(f"{name} has {y.ndim} dimensions; give one label a text, shape (texts,)")
-    labels = [_plain(item) for item in list(y)]
+    try:
+        labels = [_plain(item) for item in list(y)]
+    except TypeError as error:
+        raise PromptError(f"{name} is {type(y).__name__}; give a list of labels") from error
     if count is not None and len(labels) != count:
         raise PromptError(
             f"{name} has {len(labels)} labels for {count} texts; their numbers of samples are inconsistent"
@@ -105,6 +108,8 @@ def checked_labels(y: Any, count: int | None, name: str) -> list[Any]:
             raise PromptError(f"{name}: label {i} is empty")
         if isinstance(label, str) and not is_encodable(label):
             raise PromptError(f"{name}: label {i} holds half of a surrogate pair, which is no text; rename it")
+        if isinstance(label, str) and "\0" in label:
+            raise PromptError(f"{name}: label {i} holds the character NUL, which NumPy drops at an end; rename it")
     return labels
 
 
@@ -112,9 +117,18 @@ def distinct_classes(labels: Sequence[Any], with_none: bool) -> NDArray[Any]:
     """Return the distinct labels, sorted, with "none of the above" at the end where it can be answered.
 
     Raises:
-        PromptError: two labels are written alike, or one is "none of the above".
+        PromptError: labels are of several types, two are written alike, or one is "none of the above"; or they are no
+            strings where that can be answered.
     """
-    distinct = sorted(set(labels), key=lambda label: (isinstance(label, str), label))
+    types = {type(label) for label in labels}
+    if len(types) > 1:
+        raise PromptError(f"labels are of types {', '.join(sorted(t.__name__ for t in types))}; give them all as one")
+    if with_none and types - {str}:
+        raise PromptError(
+            f"labels are of type {types.pop().__name__}, but the answer {NONE_OF_THE_ABOVE!r} is a string, and "
+            "scikit-learn's metrics take one type: give labels as strings, or leave none_of_the_above away"
+        )
+    distinct = sorted(set(labels))
     written: dict[str, Any] = {}
     for label in distinct:
         text = str(label).strip()
@@ -126,19 +140,13 @@ def distinct_classes(labels: Sequence[Any], with_none: bool) -> NDArray[Any]:
                 f"label {label!r} has a meaning of its own: leave such texts out of the demonstrations, set "
                 "none_of_the_above, and give them to calibrate"
             )
-    if with_none:
-        return np.array([*distinct, NONE_OF_THE_ABOVE], dtype=object if _mixed(distinct) else None)
-    return np.array(distinct)
+    return np.array([*distinct, *([NONE_OF_THE_ABOVE] if with_none else [])])
 
 
 def _plain(label: Any) -> Any:
     if isinstance(label, np.generic):
         label = label.item()
     return int(label) if isinstance(label, float) and label.is_integer() else label
-
-
-def _mixed(labels: Sequence[Any]) -> bool:
-    return any(not isinstance(label, str) for label in labels)
 
 
 def cut_text(text: str, most: int, encode: Callable[[str], Sequence[int]]) -> str:
@@ -149,7 +157,7 @@ def cut_text(text: str, most: int, encode: Callable[[str], Sequence[int]]) -> st
         most: the most tokens.
         encode: text to token ids.
     """
-    text = text[: most * _MOST_CHARACTERS]
+    text = text.strip()[: most * _MOST_CHARACTERS]
     if len(encode(text)) <= most:
         return text
     low, high = 1, len(text)  # text[:low] fits, text[:high] does not

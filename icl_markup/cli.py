@@ -9,11 +9,12 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TextIO
 
 from tqdm import tqdm
 
 from icl_markup.config import describe, load_config
-from icl_markup.errors import MarkupError
+from icl_markup.errors import MarkupError, PromptError
 
 _FIT = "Make a classifier of labels and examples; nothing is trained. Writes a folder that predict loads."
 _PREDICT = """Classify texts; writes JSONL. Exit codes: 0 done; 1 done, but some texts have an error instead of an
@@ -35,12 +36,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"icl-markup: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("icl-markup: interrupted; what was finished is kept, and the same command goes on", file=sys.stderr)
+        print("icl-markup: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader has gone (`| head`): what is left must not be flushed into the closed pipe at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # a full disk, a folder that is gone
+        print(f"icl-markup: {error}", file=sys.stderr)
+        return 2
 
 
 def _split(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -203,9 +207,14 @@ def _predict(args: argparse.Namespace, _overrides: list[str]) -> int:
     from icl_markup.serving import ask_for
 
     failed = 0
-    with open_texts(args.texts, args.file, args.text_column) as texts, ExitStack() as stack:
+    with open_texts(args.texts, args.file, args.text_column) as given, ExitStack() as stack:
         ask = ask_for(args)
-        out = stack.enter_context(resumed(args.out, texts)) if args.out else sys.stdout
+        out: TextIO = sys.stdout
+        texts = given
+        if args.out:
+            if args.file and Path(args.out).exists() and Path(args.out).samefile(args.file):
+                raise PromptError(f"--out {args.out}: is the file of the texts; choose another")
+            out, texts, failed = stack.enter_context(resumed(args.out, given))
         lines = predict_lines(ask, texts, keep_errors=args.keep_errors)
         # A bar beside answers on a terminal would break their lines.
         bar = tqdm(lines, desc="classifying", unit="text", disable=None if args.out else True)

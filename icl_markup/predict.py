@@ -15,6 +15,7 @@ from icl_markup.episodes import Episode, Query
 from icl_markup.errors import MarkupError, PromptError
 from icl_markup.model import MarkupModel
 from icl_markup.readers import rows_of
+from icl_markup.text import is_encodable
 
 if TYPE_CHECKING:
     from icl_markup.classifier import MarkupClassifier
@@ -28,10 +29,11 @@ _CHUNK = 256
 
 
 class Text(NamedTuple):
-    """A text and where it stands: ``argument 1``, ``file:3``."""
+    """A text and where it stands (``argument 1``, ``file:3``), or why there is none in that place."""
 
     place: str
     text: str
+    error: str | None = None
 
 
 class Line(NamedTuple):
@@ -82,14 +84,18 @@ def predict_lines(ask: Ask, texts: Iterable[Text], *, keep_errors: bool = False)
     Raises:
         MarkupError: a text is empty, or does not fit; the message names its place. Lines before it were yielded.
     """
-    source = iter(texts)
-    while chunk := list(islice(source, _CHUNK)):
+    source = _Chunks(iter(texts))
+    for chunk in source:
         try:
+            if any(one.error for one in chunk):
+                raise PromptError("one of the texts is none")
             answers = ask([one.text for one in chunk])
         except MarkupError:
             # One text spoils a batch: answer one by one, and name the place of what cannot be.
             for one in chunk:
                 try:
+                    if one.error:
+                        raise PromptError(one.error)
                     [answer] = ask([one.text])
                 except MarkupError as error:
                     if not keep_errors:
@@ -100,6 +106,29 @@ def predict_lines(ask: Ask, texts: Iterable[Text], *, keep_errors: bool = False)
         else:
             for one, answer in zip(chunk, answers, strict=True):
                 yield Line(_json({"text": one.text, **answer}), False)
+        if source.error is not None:
+            raise source.error
+
+
+class _Chunks:
+    """Texts in chunks; an error of their source waits until the texts before it are answered."""
+
+    def __init__(self, texts: Iterator[Text]):
+        self.texts = texts
+        self.error: MarkupError | None = None
+
+    def __iter__(self) -> Iterator[list[Text]]:
+        while self.error is None:
+            chunk: list[Text] = []
+            try:
+                chunk.extend(islice(self.texts, _CHUNK))
+            except MarkupError as error:
+                self.error = error
+            if not chunk and self.error is not None:
+                raise self.error
+            if not chunk:
+                return
+            yield chunk
 
 
 def ask_model(model: MarkupModel, episode: Episode, batch_tokens: int, top: int | None = None) -> Ask:
@@ -148,7 +177,14 @@ def _top(probabilities: dict[str, float], top: int | None) -> dict[str, float]:
 
 
 def _json(line: Answer) -> str:
-    return json.dumps(line, ensure_ascii=False)
+    """Write a line; where a text is none (half of a surrogate pair), with escapes, since UTF-8 cannot hold it."""
+    plain = json.dumps(line, ensure_ascii=False)
+    return plain if is_encodable(plain) else json.dumps(line)
+
+
+def beginning(text: str) -> str:
+    """Return how the line that answers a text begins."""
+    return _json({"text": text})[:-1]
 
 
 def _numbered(name: str, lines: Iterable[str]) -> Iterator[Text]:
@@ -166,5 +202,6 @@ def _column(path: Path, column: str) -> Iterator[Text]:
         if not isinstance(text, str):
             found = ", ".join(map(repr, row)) or "nothing"
             reason = "is no text" if column in row else f"is missing; the row has {found}"
-            raise PromptError(f"{path}:{number}: column {column!r} {reason}; set --text-column")
-        yield Text(f"{path}:{number}", text)
+            yield Text(f"{path}:{number}", "", f"column {column!r} {reason}; set --text-column")
+        else:
+            yield Text(f"{path}:{number}", text)

@@ -202,7 +202,7 @@ def similarities(retriever: Retriever, queries: Sequence[str], texts: Sequence[s
     """Call a retriever and check what it returns.
 
     Raises:
-        PromptError: the result has another shape than (queries, texts), or holds NaN.
+        PromptError: the result has another shape than (queries, texts), or a number in it is not finite.
     """
     found = np.asarray(retriever(queries, texts), dtype=np.float64)
     if found.shape != (len(queries), len(texts)):
@@ -210,6 +210,6 @@ def similarities(retriever: Retriever, queries: Sequence[str], texts: Sequence[s
             f"the retriever returned an array of shape {found.shape} for {len(queries)} queries and "
             f"{len(texts)} texts; it must be ({len(queries)}, {len(texts)})"
         )
-    if np.isnan(found).any():
-        raise PromptError("the retriever returned NaN as a similarity; return numbers")
+    if not np.isfinite(found).all():
+        raise PromptError("the retriever returned NaN or infinity as a similarity; return finite numbers")
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import random
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -212,20 +213,28 @@ def test_batch_calibration_learns_without_labels_and_serves_every_text_alike() -
         tiny().fit(X, Y).calibrate(NEW)
 
 
-def test_permutations_put_every_option_in_every_place() -> None:
-    classifier = tiny(n_permutations=4, none_of_the_above="option").fit(X, Y)
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("labels", [2, 3, 4])
+def test_permutations_put_every_option_in_every_place_once(seed: int, labels: int) -> None:
+    names = sorted(TEXTS)[:labels]
+    classifier = tiny(n_permutations=2 * labels, none_of_the_above="option", random_state=seed).fit(
+        [], [], classes=names
+    )
     orders = [[o.name for o in one.episode.options] for _, one in classifier._asker.asked(NEW[:1])]
+    assert orders[0] == [*names, NONE_OF_THE_ABOVE]
     assert all(order[-1] == NONE_OF_THE_ABOVE for order in orders)
-    for place in range(4):
-        assert len({order[place] for order in orders[1:]}) == 3
-    assert orders[0][:4] == sorted(TEXTS)
-    # The mean over all orders of two options does not depend on which came first.
-    two = tiny("llama", n_permutations=2).fit([], [], classes=["weather", "complaint"])
-    swapped = two._asker.log_probs(NEW)
-    one, other = (o for _, o in two._asker.asked(NEW))
-    assert one.columns == [0, 1]
-    assert other.columns == [1, 0]
-    assert np.exp(swapped).sum(axis=1) == pytest.approx(1)
+    for block in (orders[:labels], orders[labels:]):
+        for place in range(labels):
+            assert sorted(order[place] for order in block) == names
+
+
+def test_what_is_averaged_over_all_orders_does_not_depend_on_the_first() -> None:
+    found = tiny("llama", n_permutations=2).fit([], [], classes=["weather", "complaint"]).predict_proba(NEW)
+    once = tiny("llama").fit([], [], classes=["weather", "complaint"])._asker
+    swapped = replace(once, labels=once.labels[::-1])
+    expected = (np.exp(once.log_probs(NEW)) + np.exp(swapped.log_probs(NEW))[:, ::-1]) / 2
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert np.abs(np.exp(once.log_probs(NEW)) - expected).max() > 1e-6, "the order mattered"
 
 
 def many(labels: int, shots: int, seed: int = 0) -> tuple[list[str], list[str]]:
@@ -259,12 +268,15 @@ def test_a_function_may_retrieve() -> None:
     def last(queries: list[str], stored: list[str]) -> np.ndarray:
         return np.tile(np.arange(len(stored), dtype=float), (len(queries), 1))
 
+    order = sorted(range(40), key=names.__getitem__)
+    texts, names = [texts[i] for i in order], [names[i] for i in order]
     classifier = tiny(retriever=last, options=3, demos=2).fit(texts, names)
     _, options = classifier.compose("anything")
-    assert options == sorted(names)[:-4:-1] or len(options) == 3
+    assert options == names[:-4:-1]
     for wrong, message in (
         (lambda q, t: np.zeros((1, 1)), "shape"),
         (lambda q, t: np.full((len(q), len(t)), np.nan), "NaN"),
+        (lambda q, t: np.full((len(q), len(t)), -np.inf), "infinity"),
     ):
         with pytest.raises(MarkupError, match=message):
             tiny(retriever=wrong).fit(texts, names).predict(["a text"])
@@ -335,7 +347,10 @@ def test_a_damaged_folder_is_named(tmp_path: Path) -> None:
         (["a", "b"], ["x", float("nan")], "label 1 is missing"),
         (["a", "b"], ["x", "  "], "label 1 is empty"),
         (["a", "b"], ["x", " x"], "written alike"),
-        (["a", "b"], [1, "1"], "written alike"),
+        (["a", "b"], [1, "1"], "types int, str"),
+        (["a", "b"], [True, 1], "types bool, int"),
+        (["a", "b"], ["x", "y\0"], "NUL"),
+        (["a"], 3, "give a list of labels"),
         (["a", "b"], ["x", "x"], "1 class"),
         ([], [], "no class"),
         (["a", "b"], ["x", NONE_OF_THE_ABOVE], "meaning of its own"),
