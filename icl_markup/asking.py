@@ -23,7 +23,7 @@ from icl_markup.selection import label_similarity, nearest_demos, single
 from icl_markup.tasks import NONE_OF_THE_ABOVE
 
 SPARE = 64
-"""Tokens kept free for a query when it is decided whether everything fits one prompt."""
+"""Everything fits one prompt if so many tokens are left for a query; a longer query has a prompt chosen for it."""
 
 
 class Asked(NamedTuple):
@@ -33,6 +33,10 @@ class Asked(NamedTuple):
     episode: Episode
     columns: list[int]
     opinion: NDArray[np.float64] | float = 0.0
+
+
+FEWEST = 8
+"""Fewer tokens than this for a text are an error in the labels."""
 
 
 @dataclass(frozen=True)
@@ -77,14 +81,26 @@ class Asker:
         return Episode(self.labels + none, self.demos, (), "", self.task_description)
 
     @cached_property
-    def retrieves(self) -> bool:
-        """Whether each text has a prompt of its own choice, as one with everything would be too long."""
+    def _whole_room(self) -> int:
+        """The most tokens of a query beside every label and demonstration; 0 where each text has a chosen prompt."""
         markup = self.model.markup
         most = markup.most_options
         if most is not None and len(self.whole.options) > most:
-            return True
+            return 0
         prompt = markup.compose_whole(replace(self.whole, queries=(Query("?"),)))
-        return prompt is None or len(prompt.ids) + SPARE > markup.max_length
+        room = 0 if prompt is None else markup.room(prompt, self.whole)
+        return room if room >= SPARE else 0
+
+    @property
+    def retrieves(self) -> bool:
+        """Whether each text has a prompt of its own choice, as one with everything would be too long."""
+        return not self._whole_room
+
+    @cached_property
+    def most_tokens(self) -> int:
+        """The most tokens of a text beside the labels that its prompt shows, without demonstrations; at least 1."""
+        episode = self._longest()
+        return max(1, self.model.markup.room(self.model.markup.compose(episode), episode))
 
     def log_probs(self, texts: Sequence[str]) -> NDArray[np.float64]:
         """Return log-probabilities of the labels, and of "none of the above" in a last column where it is offered.
@@ -107,7 +123,10 @@ class Asker:
             scores = log_softmax(np.array([row.scores.double().numpy() for row in found]), axis=1)
             own, probed = scores[: len(one.rows)], scores[len(one.rows) :]
             if self.contextual:
-                own = log_softmax(own - logsumexp(probed, axis=0) + np.log(len(probed)), axis=1)
+                # Probes fit no label: what they give "none of the above" is no bias, and it keeps its odds.
+                labels = len(one.columns) - self.offers_none
+                prior = log_softmax(logsumexp(probed[:, :labels], axis=0)) + np.log(labels)
+                own = log_softmax(own - np.append(prior, np.zeros(int(self.offers_none))), axis=1)
             own = log_softmax(own + self.weight * one.opinion, axis=1)
             parts[permutation][np.ix_(one.rows, one.columns)] = own
         if self.n_permutations == 1:
@@ -117,17 +136,16 @@ class Asker:
 
     def asked(self, texts: Sequence[str]) -> Iterator[tuple[int, Asked]]:
         """Yield the prompts' episodes, each with the number of its order of options."""
-        chosen = list(self._chosen(texts)) if self.retrieves else []
+        encode = self.model.backbone.encoder.encode
+        whole = [] if self.retrieves else [i for i, text in enumerate(texts) if len(encode(text)) <= self._whole_room]
+        others = sorted(set(range(len(texts))) - set(whole))
+        chosen = [one._replace(rows=[others[i] for i in one.rows]) for one in self._chosen([texts[i] for i in others])]
+        if whole:
+            episode = replace(self.whole, queries=tuple(Query(texts[i]) for i in whole))
+            chosen.insert(0, Asked(whole, episode, list(range(len(self.whole.options)))))
         for permutation in range(self.n_permutations):
-            if not self.retrieves:
-                queries = tuple(Query(text) for text in texts)
-                columns = list(range(len(self.whole.options)))
-                yield permutation, self._ordered(Asked([*range(len(texts))], self._with(queries), columns), permutation)
             for one in chosen:
                 yield permutation, self._ordered(one, permutation)
-
-    def _with(self, queries: tuple[Query, ...]) -> Episode:
-        return replace(self.whole, queries=queries)
 
     def _ordered(self, one: Asked, permutation: int) -> Asked:
         if permutation == 0:
@@ -161,6 +179,8 @@ class Asker:
         return [*names, *(demo.text for demo in self.demos)], np.array(owners, dtype=np.intp)
 
     def _chosen(self, texts: Sequence[str]) -> Iterator[Asked]:
+        if not texts:
+            return
         stored, owners = self._stored
         labels = len(self.labels)
         similarity = similarities(self.retriever, texts, stored)
@@ -189,14 +209,26 @@ class Asker:
         if len(self.whole.options) < 2:
             count = "1 class" if self.labels else "no class"
             raise PromptError(f"{count}: give two labels or more, or one and none_of_the_above='option'")
-        episode = replace(self.whole, queries=(Query("?"),), demos=())
-        if self.retrieves:
-            encode = self.model.backbone.encoder.encode
-            longest = sorted(range(len(self.labels)), key=lambda i: -len(encode(self.labels[i].name)))
-            none = [len(self.labels)] if self.offers_none else []
-            episode = single(self.whole, Query("?"), [*longest[: self._most_options], *none], [])
-        self.model.markup.check(replace(episode, demos=()))
-        self.model.markup.compose(episode)
+        markup = self.model.markup
+        if markup.answers == "names":
+            for label in self.labels:
+                if not markup.name_ids(label.name):
+                    raise PromptError(f"label {label.name!r} has no token that the backbone knows; rename it")
+        if self.most_tokens < FEWEST:
+            raise PromptError(
+                f"the longest label names leave {self.most_tokens} tokens for a text, of {markup.max_length} in all; "
+                "shorten them, or lower options"
+            )
         for i, demo in enumerate(self.demos):
             if not demo.text.strip():
                 raise PromptError(f"demonstration {i} has an empty text")
+
+    def _longest(self) -> Episode:
+        """Return the longest labels that one prompt may show, without demonstrations, and a query."""
+        if not self.retrieves:
+            return replace(self.whole, queries=(Query("?"),), demos=())
+        encode = self.model.backbone.encoder.encode
+        length = [len(encode(f"{label.name} {label.description}")) for label in self.labels]
+        longest = sorted(range(len(self.labels)), key=lambda i: -length[i])
+        none = [len(self.labels)] if self.offers_none else []
+        return single(self.whole, Query("?"), [*longest[: self._most_options], *none], [])

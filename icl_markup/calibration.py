@@ -16,13 +16,20 @@ from scipy.special import log_softmax, logit, logsumexp
 
 from icl_markup.errors import EvaluationError
 from icl_markup.out_of_scope import choose_threshold
+from icl_markup.tasks import NONE_OF_THE_ABOVE
 
 Floats = NDArray[np.float64]
 TEMPERATURES = (0.05, 20.0)
 """Temperatures are looked for between these."""
 
+SPREAD = 0.5
+"""The standard deviation of a temperature's logarithm, before anything is known of it."""
+
 _LEAST = 1e-12
 """Probabilities are kept so far from 0 and 1."""
+
+_MARGIN = 1e-9
+"""By so much at least the log-probability of the answer lies above that of "none of the above", or below it."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +62,8 @@ class Calibration:
         """Estimate the prior from queries without labels (batch calibration, Zhou et al. 2024).
 
         A label's prior is its mean probability where it was offered, with one query's weight on an even share: few
-        queries say little about a label that was hardly ever offered.
+        queries say little about a label that was hardly ever offered. "none of the above" has no prior: how many
+        queries it fits is no bias of the model.
 
         Args:
             log_probs: uncalibrated, shape (queries, options); -inf where an option was not offered.
@@ -69,12 +77,15 @@ class Calibration:
         offered = np.isfinite(log_probs)
         share = 1 / offered.sum(axis=1).mean()
         mean = (np.exp(log_probs).sum(axis=0) + share) / (offered.sum(axis=0) + 1)
-        return replace(self, prior={name: float(np.log(p)) for name, p in zip(names, mean, strict=True)})
+        prior = {name: float(np.log(p)) for name, p in zip(names, mean, strict=True) if name != NONE_OF_THE_ABOVE}
+        return replace(self, prior=prior)
 
     def with_temperature(self, log_probs: Floats, answers: NDArray[np.intp]) -> Calibration:
         """Choose the temperature that gives labelled queries the least mean log loss.
 
-        Queries whose label was not offered say nothing about it and are passed over.
+        Queries whose label was not offered say nothing about it and are passed over. A normal prior of the logarithm
+        (mean 0, standard deviation `SPREAD`) keeps a few queries that are all right, or all wrong, from saying too
+        much.
 
         Args:
             log_probs: with the prior taken off, at temperature 1; shape (queries, options).
@@ -91,7 +102,8 @@ class Calibration:
 
         def loss(log_temperature: float) -> float:
             scaled = scores / np.exp(log_temperature)
-            return float(np.mean(logsumexp(scaled, axis=1) - scaled[rows, right]))
+            found = float(np.mean(logsumexp(scaled, axis=1) - scaled[rows, right]))
+            return found + (log_temperature / SPREAD) ** 2 / 2 / len(right)
 
         found = minimize_scalar(loss, bounds=tuple(np.log(TEMPERATURES)), method="bounded", options={"xatol": 1e-4})
         return replace(self, temperature=float(np.exp(found.x)))
@@ -130,17 +142,21 @@ def out_of_scope(log_probs: Floats, labels: int) -> Floats:
         labels: how many labels there are.
 
     Returns:
-        The log-odds of "none of the above" against the best label where it is offered, else minus the best label's
-        log-probability (Hendrycks & Gimpel 2017).
+        The log-probability of "none of the above" minus the best label's where it is offered, else minus the best
+        label's log-probability (Hendrycks & Gimpel 2017).
     """
     best = log_probs[:, :labels].max(axis=1)
     return np.asarray(log_probs[:, labels] - best if log_probs.shape[1] > labels else -best)
 
 
 def shifted(log_probs: Floats, threshold: float) -> Floats:
-    """Shift the odds of "none of the above", the last column, so that it wins just where they lay above `threshold`."""
+    """Shift "none of the above", the last column, so that it wins just where it lay more than `threshold` above."""
+    top = log_probs[:, :-1].max(axis=1)
+    above = log_probs[:, -1] - top
     scores = log_probs.copy()
-    scores[:, -1] -= threshold
+    scores[:, -1] = top + np.where(
+        above > threshold, np.maximum(above - threshold, _MARGIN), np.minimum(above - threshold, -_MARGIN)
+    )
     return np.asarray(log_softmax(scores, axis=1))
 
 
@@ -157,8 +173,11 @@ def with_rejection(log_probs: Floats, threshold: float) -> Floats:
     Returns:
         Log-probabilities of shape (queries, labels + 1).
     """
-    best = np.clip(np.exp(log_probs.max(axis=1, keepdims=True)), _LEAST, 1 - _LEAST)
+    top = log_probs.max(axis=1, keepdims=True)
+    best = np.clip(np.exp(top), _LEAST, 1 - _LEAST)
     least = np.clip(np.exp(-threshold), _LEAST, 1 - _LEAST)
     # Equal to the best label's share where best = least; above it just where best < least.
     odds = np.log(least) + logit(least) - logit(best)
+    # Rounding, and probabilities next to 1, must not turn what the threshold decides.
+    odds = np.where(-top > threshold, np.maximum(odds, top + _MARGIN), np.minimum(odds, top - _MARGIN))
     return np.asarray(log_softmax(np.append(log_probs, odds, axis=1), axis=1))

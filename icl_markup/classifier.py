@@ -20,7 +20,7 @@ from icl_markup.asking import Asker
 from icl_markup.calibration import Calibration, out_of_scope, shifted, with_rejection
 from icl_markup.classifier_input import check_parameters, checked_labels, checked_texts, cut_text, distinct_classes
 from icl_markup.episodes import Demo, Option
-from icl_markup.errors import ConfigError, PromptError
+from icl_markup.errors import ConfigError, PromptError, nearest
 from icl_markup.loading import BackboneConfig
 from icl_markup.model import MarkupModel
 from icl_markup.prompt import Prompt
@@ -32,6 +32,9 @@ from icl_markup.tasks import NONE_OF_THE_ABOVE
 Floats = NDArray[np.float64]
 CHUNK = 256
 """Texts that are asked together: memory does not grow with the number of texts."""
+
+_LATER = ("threshold", "batch_tokens", "device")
+"""Parameters that may be changed after `fit`."""
 
 UNSURE = 0.5
 """Without a threshold, ``none_of_the_above="threshold"`` rejects a text whose best label is less likely than this."""
@@ -52,8 +55,9 @@ class MarkupClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         task_description: for templates with the field ``{task}``.
         none_of_the_above: None: every text gets a label; ``option``: the last option of every prompt; ``threshold``:
             the answer where no label is likely enough. In both cases "none of the above" is the last of `classes_`.
-        threshold: a text is rejected if its out-of-scope score lies above this: the log-odds of "none of the above"
-            with ``option`` (default 0), minus the best label's log-probability with ``threshold`` (default log 2).
+        threshold: a text is rejected if its out-of-scope score lies above this: with ``option``, the log-probability of
+            "none of the above" minus the best label's (default 0); with ``threshold``, minus the best label's
+            log-probability (default log 2).
             None: the default, or what `calibrate` chose.
         retriever: ``backbone`` (mean hidden states of the backbone), ``bm25``, ``embedding`` (sentence-transformers),
             or a function from queries and texts to similarities of shape (queries, texts).
@@ -148,6 +152,8 @@ class MarkupClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             MarkupError: as in `fit`, or a label to remove is not known. The classifier is then as it was.
         """
         check_parameters(self)
+        if hasattr(self, "classes_"):
+            self._fitted()
         texts = checked_texts(X, "X")
         labels = checked_labels(y, len(texts), "y")
         added = checked_labels(classes, None, "classes")
@@ -201,21 +207,29 @@ class MarkupClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         texts = checked_texts(X, "X")
         if y is None and self.calibration != "batch":
             raise ConfigError("calibrate: without labels there is a prior to learn only with calibration='batch'")
+        answers = None if y is None else self._answers(y, len(texts), "calibrate")
+        if not texts or (answers is not None and (answers < 0).all()):
+            raise PromptError("calibrate: no text with one of the labels to learn from; give some")
         names = self._names()
         raw = self._raw(texts)
-        found = Calibration(threshold=self.calibration_.threshold)
+        found = Calibration()
         if self.calibration == "batch":
             found = found.with_prior(raw, names)
-        if y is not None:
-            known = {label: i for i, label in enumerate(self.labels())} | {NONE_OF_THE_ABOVE: -1}
-            labels = checked_labels(y, len(texts), "y")
-            for label in labels:
-                if label not in known:
-                    raise PromptError(f"calibrate: label {label!r} is not one of the labels")
-            answers = np.array([known[label] for label in labels], dtype=np.intp)
+        if answers is not None:
             found = self._with_labels(found, found.applied(raw, names), answers)
         self.calibration_: Calibration = found
         return self
+
+    def _answers(self, y: ArrayLike, count: int, place: str) -> NDArray[np.intp]:
+        """Return the positions of labels, -1 for "none of the above"."""
+        known = {label: i for i, label in enumerate(self.labels())} | {NONE_OF_THE_ABOVE: -1}
+        labels = checked_labels(y, count, "y")
+        for i, label in enumerate(labels):
+            if label not in known:
+                raise PromptError(
+                    f"{place}: label {i}, {label!r}, is not one of the labels{nearest(str(label), map(str, known))}"
+                )
+        return np.array([known[label] for label in labels], dtype=np.intp)
 
     def _with_labels(self, found: Calibration, scores: Floats, answers: NDArray[np.intp]) -> Calibration:
         inside = len(self.labels())
@@ -230,11 +244,13 @@ class MarkupClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return found
 
     def retriever_recall(self, X: ArrayLike, y: ArrayLike) -> float:
-        """Return the share of texts whose label the retriever offers; it bounds the accuracy. 1 without retrieval."""
+        """Return the share of texts whose label the retriever offers; it bounds the accuracy. 1 without retrieval.
+
+        Texts labelled "none of the above" are passed over; errors as in `calibrate`.
+        """
         self._fitted()
         texts = checked_texts(X, "X")
-        known = {label: i for i, label in enumerate(self.labels())}
-        answers = [known.get(label, -1) for label in checked_labels(y, len(texts), "y")]
+        answers = self._answers(y, len(texts), "retriever_recall").tolist()
         pairs = [(text, answer) for text, answer in zip(texts, answers, strict=True) if answer >= 0]
         return self._asker_().recall([text for text, _ in pairs], [answer for _, answer in pairs])
 
@@ -242,7 +258,7 @@ class MarkupClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """Return the prompt that a text is asked with, and the names of its options in their order."""
         self._fitted()
         asker = self._asker_()
-        [text] = self._cut(checked_texts([text], "text"), asker.model)
+        [text] = self._cut(checked_texts([text], "text"), asker.model, asker)
         _, asked = next(asker.asked([text]))
         return asker.model.markup.compose(asked.episode), [option.name for option in asked.episode.options]
 
@@ -322,7 +338,12 @@ class MarkupClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.labels_ = demos
         self.calibration_ = calibration
         self._asker = asker
+        self._given = self._settings()
         return self
+
+    def _settings(self) -> dict[str, Any]:
+        """Return the parameters that what was fitted depends on."""
+        return {name: value for name, value in self.get_params(deep=False).items() if name not in _LATER}
 
     def _new_asker(self, classes: NDArray[Any], texts: Sequence[str], answers: Sequence[int]) -> Asker:
         model = self._load()
@@ -356,6 +377,11 @@ class MarkupClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     def _fitted(self) -> None:
         if not hasattr(self, "classes_"):
             raise NotFittedError("this MarkupClassifier has no labels yet; call fit first")
+        for name, value in self._settings().items():
+            if value is not self._given[name] and value != self._given[name]:
+                raise ConfigError(
+                    f"{name} was changed after fit, from {self._given[name]!r} to {value!r}; call fit again"
+                )
 
     def labels(self) -> list[Any]:
         """Return the labels without "none of the above"."""
@@ -364,13 +390,14 @@ class MarkupClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     def _names(self) -> list[str]:
         return [option.name for option in self._asker_().whole.options]
 
-    def _cut(self, texts: Sequence[str], model: MarkupModel) -> list[str]:
+    def _cut(self, texts: Sequence[str], model: MarkupModel, asker: Asker | None = None) -> list[str]:
         encode = model.backbone.encoder.encode
-        return [cut_text(text, self.most_tokens, encode) for text in texts]
+        most = self.most_tokens if asker is None else min(self.most_tokens, asker.most_tokens)
+        return [cut_text(text, most, encode) for text in texts]
 
     def _raw(self, texts: Sequence[str]) -> Floats:
         asker = self._asker_()
-        chunks = (self._cut(texts[i : i + CHUNK], asker.model) for i in range(0, len(texts), CHUNK))
+        chunks = (self._cut(texts[i : i + CHUNK], asker.model, asker) for i in range(0, len(texts), CHUNK))
         parts = [asker.log_probs(chunk) for chunk in chunks]
         return np.concatenate(parts) if parts else np.empty((0, len(self._names())))
 

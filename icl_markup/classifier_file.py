@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from icl_markup.backbone import Backbone
 from icl_markup.calibration import Calibration
 from icl_markup.errors import ConfigError, MarkupError, TagFileError
 from icl_markup.loading import BackboneConfig
 from icl_markup.model import MarkupModel
 from icl_markup.tagfile import replace_folder, save_model
 from icl_markup.tasks import NONE_OF_THE_ABOVE
+from icl_markup.template import Template
 
 if TYPE_CHECKING:
     from icl_markup.classifier import MarkupClassifier
@@ -46,7 +48,7 @@ def save_classifier(classifier: MarkupClassifier, folder: str | Path) -> Path:
     details = {
         "format": FORMAT,
         "backbone": {"name": model.backbone.name, "revision": model.backbone.revision},
-        "template": None if model.table is not None else {"source": model.template.source, "answers": model.answers},
+        "template": None if model.table is not None else _template_of(model),
         "parameters": {k: v for k, v in classifier.get_params(deep=False).items() if k not in _ELSEWHERE},
         "classes": inside,
         "descriptions": [str(descriptions.get(label, "")) for label in inside],
@@ -94,14 +96,15 @@ def load_classifier(folder: str | Path, device: str = "auto", batch_tokens: int 
         answers = [classes[_index(one["class"], len(classes))] for one in details["demonstrations"]]
         calibration = Calibration.from_json(details["calibration"])
         config = BackboneConfig(str(backbone["name"]), backbone["revision"], device=device)
-        source = None if template is None else (str(template["source"]), str(template["answers"]))
+        if template is not None:
+            template = {key: template[key] for key in ("source", "answers", "length_normalised")}
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         if isinstance(error, MarkupError):
             raise
         raise TagFileError(f"{path}: damaged: {type(error).__name__} {error}") from error
     if batch_tokens is not None:
         parameters["batch_tokens"] = batch_tokens
-    tags: Any = folder / TAGS if source is None else _plain_model(config, *source)
+    tags: Any = folder / TAGS if template is None else _plain_model(config, **template)
     classifier = MarkupClassifier(tags, descriptions=descriptions or None, device=device, **parameters)
     try:
         classifier.fit(texts, answers, classes=classes)
@@ -111,12 +114,17 @@ def load_classifier(folder: str | Path, device: str = "auto", batch_tokens: int 
     return classifier
 
 
-def _plain_model(config: BackboneConfig, source: str, answers: str) -> MarkupModel:
-    from icl_markup.backbone import Backbone
-    from icl_markup.template import Template
+def _template_of(model: MarkupModel) -> dict[str, Any]:
+    return {
+        "source": model.template.source,
+        "answers": model.answers,
+        "length_normalised": model.length_normalised,
+    }
 
-    kind: Any = answers
-    return MarkupModel(Backbone.load(config), Template.parse(source, "saved"), answers=kind)
+
+def _plain_model(config: BackboneConfig, source: str, answers: Any, length_normalised: bool) -> MarkupModel:
+    template = Template.parse(str(source), "saved")
+    return MarkupModel(Backbone.load(config), template, answers=answers, length_normalised=bool(length_normalised))
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -26,6 +26,8 @@ def fit_files(args: argparse.Namespace) -> Iterator[str]:
     examples, validation, descriptions = _examples(args)
     if args.validation:
         validation = list(_rows(Path(args.validation), args, None))
+    if args.calibration == "batch" and not validation:
+        raise ConfigError("--calibration batch learns from texts that are no examples; give them with --validation")
     classifier = MarkupClassifier(
         args.tags,
         backbone=args.backbone,

@@ -7,10 +7,10 @@ become a tag, a mask or a slot, whatever it contains.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 from icl_markup.answers import OptionSymbols
 from icl_markup.episodes import Episode, Query
@@ -66,7 +66,18 @@ class Markup:
         self._tag_ids = {tag.name: tuple(table.ids(tag.name)) for tag in template.tags} if table else {}
         self._symbols = OptionSymbols.find(encoder) if template.shows_symbols else None
         self._spaced_text = _has_space_before(template.demo, Node("field", "text"))
-        self._encode = lru_cache(maxsize=65536)(lambda text: tuple(encoder.encode(text)))
+        self._encode = self._cached()
+
+    def _cached(self) -> Callable[[str], tuple[int, ...]]:
+        encode = self.encoder.encode
+        return lru_cache(maxsize=4096)(lambda text: tuple(encode(text)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key != "_encode"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._encode = self._cached()
 
     def compose(self, episode: Episode) -> Prompt:
         """Compose one prompt that holds every query of `episode`.
@@ -117,6 +128,10 @@ class Markup:
         prompt = self._assemble(episode, [None] * len(episode.demos))
         length = len(prompt.ids) + len(prompt.slots) * self._reserve(episode, prompt)
         return prompt if length <= self.max_length else None
+
+    def room(self, prompt: Prompt, episode: Episode) -> int:
+        """Return how many tokens longer a prompt of one query might be, room for a whole name at its slot aside."""
+        return self.max_length - len(prompt.ids) - self._reserve(episode, prompt)
 
     def compose_each(self, episode: Episode) -> list[Prompt]:
         """Compose the queries of `episode`: in one prompt where the kind allows several, else in one each."""

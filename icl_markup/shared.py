@@ -11,6 +11,7 @@ from icl_markup.backbone import Backbone
 from icl_markup.loading import BackboneConfig
 from icl_markup.model import MarkupModel
 from icl_markup.tagfile import load_model, read_tags
+from icl_markup.template import Template
 
 _models: weakref.WeakValueDictionary[tuple[Any, ...], MarkupModel] = weakref.WeakValueDictionary()
 _backbones: weakref.WeakValueDictionary[BackboneConfig, Backbone] = weakref.WeakValueDictionary()
@@ -40,9 +41,14 @@ def load_shared(tags: str | Path | None, config: BackboneConfig | None, template
             found = read_tags(tags)
             if not name:
                 name, revision = str(found.backbone["name"]), found.backbone["revision"]
-            state: tuple[Any, ...] = (found.tensors_sha256, found.template.source)
+            state: tuple[Any, ...] = (
+                found.tensors_sha256,
+                found.template.source,
+                found.answers,
+                found.length_normalised,
+            )
         else:
-            state = (str(template), seed)
+            state = (Template.load(template).source, seed)
         wanted = BackboneConfig(name or "embedded", revision, device=device)
         key = (tags is not None, *state, wanted)
         model = _models.get(key)

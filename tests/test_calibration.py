@@ -65,8 +65,9 @@ def test_rejection_is_the_answer_just_above_the_threshold(seed: int, threshold: 
     odd = out_of_scope(scores, 3)
     found = with_rejection(scores, threshold)
     assert np.exp(found).sum(axis=1) == pytest.approx(1)
-    clear = np.abs(odd - threshold) > 1e-9
-    assert ((found.argmax(axis=1) == 3) == (odd > threshold))[clear].all()
+    assert ((found.argmax(axis=1) == 3) == (odd > threshold)).all()
+    for exact in odd:
+        assert ((with_rejection(scores, exact).argmax(axis=1) == 3) == (odd > exact)).all()
     order = np.argsort(odd)
     assert (np.diff(found[order, 3]) >= -1e-9).all(), "the less any label fits, the more likely"
     np.testing.assert_allclose(log_softmax(found[:, :3], axis=1), scores, atol=1e-9)
@@ -77,8 +78,17 @@ def test_a_shift_moves_the_odds_of_the_last(seed: int, threshold: float) -> None
     scores, _ = drawn(seed, 30)
     found = shifted(scores, threshold)
     odd = out_of_scope(scores, 2)
-    clear = np.abs(odd - threshold) > 1e-9
-    assert ((found.argmax(axis=1) == 2) == (odd > threshold))[clear].all()
+    assert ((found.argmax(axis=1) == 2) == (odd > threshold)).all()
+    for exact in odd:
+        assert ((shifted(scores, exact).argmax(axis=1) == 2) == (odd > exact)).all()
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_four_queries_do_not_settle_a_temperature(right: bool) -> None:
+    scores = log_softmax(np.array([[1.5, 0.0, 0.0]] * 4), axis=1)
+    found = Calibration().with_temperature(scores, np.full(4, 0 if right else 1))
+    assert 0.3 < found.temperature < 3
+    assert (found.temperature < 1) == right
 
 
 @pytest.mark.parametrize(

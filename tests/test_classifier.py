@@ -22,6 +22,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from icl_markup import NONE_OF_THE_ABOVE, MarkupClassifier, MarkupError, MarkupModel
+from icl_markup.prompted import CONTENT_FREE
 from tests.conftest import KINDS, TEXTS, tiny_backbone
 
 X = [text for texts in TEXTS.values() for text in texts[:2]]
@@ -103,12 +104,12 @@ def test_scikit_learn_accepts_it_on_numbers_written_as_texts() -> None:
 
 def test_it_works_in_scikit_learns_tools() -> None:
     classifier = tiny()
-    scores = cross_val_score(classifier, X, Y, cv=2)
+    scores = cross_val_score(classifier, X, Y, cv=2, n_jobs=2, error_score="raise")
     assert ((scores >= 0) & (scores <= 1)).all()
     steps = Pipeline(
         [("lower", FunctionTransformer(lambda texts: [t.lower() for t in texts])), ("classify", classifier)]
     )
-    search = GridSearchCV(steps, {"classify__calibration": ["none", "contextual"]}, cv=2).fit(X, Y)
+    search = GridSearchCV(steps, {"classify__calibration": ["none", "contextual"]}, cv=2, error_score="raise").fit(X, Y)
     assert search.best_estimator_.predict(NEW).shape == (len(NEW),)
 
 
@@ -119,6 +120,22 @@ def test_a_clone_has_the_parameters_and_no_demonstrations() -> None:
     with pytest.raises(NotFittedError):
         copy.predict(NEW)
     assert (copy.fit(X, Y).predict_proba(NEW) == classifier.predict_proba(NEW)).all()
+
+
+def test_parameters_that_change_after_fit_ask_for_another(tmp_path: Path) -> None:
+    classifier = tiny().fit(X, Y)
+    for name, value in (("none_of_the_above", "option"), ("calibration", "contextual"), ("n_permutations", 2)):
+        changed = pickle.loads(pickle.dumps(classifier)).set_params(**{name: value})
+        for act in (lambda c: c.predict(NEW), lambda c: c.save(tmp_path / "c"), lambda c: c.partial_fit(X[:1], Y[:1])):
+            with pytest.raises(MarkupError, match=f"{name} was changed after fit"):
+                act(changed)
+        assert changed.fit(X, Y).predict(NEW).shape == (len(NEW),)
+
+
+def test_it_can_be_pickled_with_its_model() -> None:
+    classifier = tiny("llama").fit(X, Y)
+    again = pickle.loads(pickle.dumps(classifier))
+    np.testing.assert_allclose(again.predict_proba(NEW), classifier.predict_proba(NEW), atol=1e-6)
 
 
 def test_it_can_be_pickled(embedded: MarkupClassifier) -> None:
@@ -198,8 +215,26 @@ def test_calibration_chooses_temperature_and_threshold(mode: Any) -> None:
     assert classifier.calibration_.threshold is not None
     assert classifier.calibration_.temperature != 1.0
     assert np.mean(classifier.predict(texts) == np.array(labels)) >= 0.75
-    with pytest.raises(MarkupError, match="not one of the labels"):
-        classifier.calibrate(["x"], ["unheard of"])
+    for call in (classifier.calibrate, classifier.retriever_recall):
+        with pytest.raises(MarkupError, match="'unheard of', is not one of the labels"):
+            call(["x"], ["unheard of"])
+    for none in ([], ["x"]):
+        with pytest.raises(MarkupError, match="to learn from"):
+            classifier.calibrate(none, [NONE_OF_THE_ABOVE] * len(none))
+    with pytest.raises(MarkupError, match="give labels as strings"):
+        tiny(none_of_the_above=mode).fit(["a", "b"], [1, 2])
+    once = classifier.calibration_
+    assert classifier.calibrate(texts, labels).calibration_ == once, "what was learnt before has no influence"
+
+
+def test_contextual_calibration_takes_nothing_from_none_of_the_above() -> None:
+    plain = tiny(none_of_the_above="option").fit(X, Y)._asker
+    asked = replace(plain, contextual=True)
+    before, after = plain.log_probs(NEW), asked.log_probs(NEW)
+    probes = np.exp(plain.log_probs(list(CONTENT_FREE))[:, :4]).sum(axis=0)
+    prior = np.log(probes / probes.sum()) + np.log(4)
+    moved = before - np.append(prior, 0)
+    np.testing.assert_allclose(after, moved - np.logaddexp.reduce(moved, axis=1, keepdims=True), atol=1e-5)
 
 
 def test_batch_calibration_learns_without_labels_and_serves_every_text_alike() -> None:
@@ -385,6 +420,7 @@ def test_odd_texts_get_an_answer(kind: str) -> None:
     classifier = tiny(kind, most_tokens=32).fit(X, Y)
     odd = [
         "card " * 200_000,  # a megabyte
+        " " * 9000 + "card",
         "x" * 1_000_000,
         "\x00\x01\x07",
         "Где моя карта? 我的卡在哪里 أين بطاقتي 🙂🙂",
@@ -395,5 +431,6 @@ def test_odd_texts_get_an_answer(kind: str) -> None:
     found = classifier.predict_proba(odd)
     assert found.shape == (len(odd), 4)
     assert np.isfinite(found).all()
+    assert MarkupClassifier(MarkupModel(tiny_backbone(kind))).fit(X, Y).predict(odd).shape == (len(odd),), "as it comes"
     slots = {sum(slot.is_query for slot in classifier.compose(text)[0].slots) for text in odd}
     assert slots == {1}
