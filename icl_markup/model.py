@@ -17,6 +17,7 @@ from icl_markup.errors import PromptError, nearest
 from icl_markup.loading import BackboneConfig
 from icl_markup.markup import Answers, Markup
 from icl_markup.names import name_scores
+from icl_markup.prefixes import PrefixCache
 from icl_markup.prompt import Prompt
 from icl_markup.scoring import QueryScores, score_queries
 from icl_markup.tags import Initialisation, Tag, TagTable, initial_rows
@@ -121,6 +122,11 @@ class MarkupModel:
     def answers(self) -> Answers:
         """Whether option symbols or whole names are read."""
         return self.markup.answers
+
+    @property
+    def prefixes(self) -> PrefixCache:
+        """What the backbone has computed of prompts that may come again; all models of one backbone share it."""
+        return self.backbone.prefixes
 
     def _markup_for(self, answers: Answers) -> Markup:
         backbone = self.backbone
