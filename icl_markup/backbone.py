@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -18,9 +19,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from icl_markup.batching import Batch
 from icl_markup.errors import BackboneError
+from icl_markup.exactness import Exactness, check_exactness
 from icl_markup.layout import Kind, Layout
 from icl_markup.loading import DTYPES, BackboneConfig, checkpoint_gradients, length_limit, load_pretrained
-from icl_markup.prefixes import PrefixCache
 from icl_markup.segments import (
     HEAD,
     Reading,
@@ -49,7 +50,6 @@ class Backbone:
         max_length: the longest prompt in tokens.
         local_layers: how many lower layers read a prompt segment by segment (`icl_markup.segments`); 0: none. Where
             there are any, queries in one prompt do not see each other.
-        prefixes: what a causal model has computed of prompts that may come again.
 
     Raises:
         BackboneError: the model has no output head, logits at its slots are not those of the model itself, or its
@@ -73,7 +73,6 @@ class Backbone:
         self.name = name or str(getattr(model, "name_or_path", ""))
         self.revision = revision
         self.precision = precision
-        self.prefixes = PrefixCache()
         self.encoder = TextEncoder(tokenizer)
         self.layout = Layout.of(tokenizer, kind)
         self.embedding: nn.Module = (
@@ -134,6 +133,11 @@ class Backbone:
         rows = min(self.first_tag_id, len(self.tokenizer))
         ids = [i for i in range(rows) if i not in self.encoder.reserved_ids]
         return torch.tensor(ids, device=self.device)
+
+    @cached_property
+    def exactness(self) -> Exactness:
+        """Whether prompts may be packed over a cache of what they share; checked at first use."""
+        return check_exactness(self)
 
     @torch.no_grad()
     def checksum(self) -> str:

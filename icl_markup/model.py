@@ -57,6 +57,9 @@ class MarkupModel:
         initialisation: how tags without vectors are initialised.
         seed: seeds that.
 
+    Attributes:
+        prefixes: what a causal backbone has computed of prompts, for later prompts that begin alike.
+
     Raises:
         TemplateError, PromptError: the template, or the vectors for it, cannot be used.
     """
@@ -75,6 +78,7 @@ class MarkupModel:
         self.backbone = backbone
         self.template = template if isinstance(template, Template) else Template.load(template)
         self.length_normalised = length_normalised
+        self.prefixes = PrefixCache()
         self.table = _table(backbone, self.template.tags, initialisation, seed) if self.template.tags else None
         if vectors:
             if self.table is None:
@@ -122,11 +126,6 @@ class MarkupModel:
     def answers(self) -> Answers:
         """Whether option symbols or whole names are read."""
         return self.markup.answers
-
-    @property
-    def prefixes(self) -> PrefixCache:
-        """What the backbone has computed of prompts that may come again; all models of one backbone share it."""
-        return self.backbone.prefixes
 
     def _markup_for(self, answers: Answers) -> Markup:
         backbone = self.backbone

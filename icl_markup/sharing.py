@@ -129,14 +129,15 @@ class _Call:
         self.normalised = model.length_normalised
         self.prompts = prompts
         self.most = min(batch_tokens, MOST_PACKED)
-        self.limit = self.cache.limit(self.backbone)
+        self.limit = self.backbone.exactness.limit
         self.names: list[list[tuple[int, ...]]] = [[] for _ in prompts]
         if markup.answers == "names":
             self.names = [
                 [markup.name_ids(option.name, prompt.slots[-1].spaced) for option in episode.options]
                 for prompt, episode in zip(prompts, episodes, strict=True)
             ]
-        self.state = self.cache.state(self.backbone, self.table) if self.limit else b""
+        if self.limit:
+            self.cache.refresh(self.backbone, self.table)
 
     def scores(self) -> dict[int, Tensor]:
         """Score what can be scored from shared beginnings."""
@@ -145,7 +146,7 @@ class _Call:
             grown = grow(self.backbone, self.table, [unit.tree for unit in pack])
             for unit, tree in zip(pack, grown, strict=True):
                 if unit.keep:
-                    self.cache.keep(self.state, tree.prefix())
+                    self.cache.keep(tree.prefix())
             for owner, score in self._read(pack, grown):
                 found[owner[0]][owner[1]] = score
         scores = {i: torch.stack([of[k] for k in range(len(of))]) for i, of in found.items() if self.names[i]}
@@ -158,7 +159,7 @@ class _Call:
             if len(prompt.ids) + max(map(len, self.names[i]), default=0) <= self.limit
         ]
         prefixes = [self.prompts[i].ids[: prefix_length(self.prompts[i])] for i in fit]
-        known = [prefix for prefix in prefixes if self.cache.holds(self.state, prefix)]
+        known = [prefix for prefix in prefixes if prefix in self.cache]
         groups = [
             Group(group.head, tuple(fit[k] for k in group.members), group.keep)
             for group in find_groups(prefixes, known)
@@ -166,7 +167,7 @@ class _Call:
         grouped = {i for group in groups for i in group.members}
         for i, prefix in zip(fit, prefixes, strict=True):
             if i not in grouped:
-                past = self.cache.longest(self.state, prefix)
+                past = self.cache.longest(prefix)
                 groups.append(Group(past.ids if past else (), (i,), False))
         worthy = []
         for group in groups:
@@ -179,7 +180,7 @@ class _Call:
 
     def _past(self, group: Group) -> tuple[Prefix | None, tuple[int, ...]]:
         """Return what is known of a group's head, and the rest; count both."""
-        past = self.cache.longest(self.state, group.head) if group.head else None
+        past = self.cache.longest(group.head) if group.head else None
         if past is not None and len(past.ids) < min(LEAST_SHARED, len(group.head)):
             past = None
         rest = group.head[len(past.ids) if past else 0 :]
@@ -211,7 +212,7 @@ class _Call:
             return past
         prefix = grow(self.backbone, self.table, [Tree(past, rest, ())])[0].prefix()
         if keep:
-            self.cache.keep(self.state, prefix)
+            self.cache.keep(prefix)
         return prefix
 
     def _cut(self, unit: _Unit) -> Iterator[_Unit]:
