@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from icl_markup.batching import Batch
-from icl_markup.packing import Tree, attention_of, grow
+from icl_markup.packing import Tree, attention_of, grow, takes_masks
 
 if TYPE_CHECKING:
     from icl_markup.backbone import Backbone
@@ -34,8 +34,8 @@ def check_exactness(backbone: Backbone) -> Exactness:
     """Compare answers to short prompts, and read off the model's configuration where long ones are another matter."""
     if backbone.kind != "causal":
         return Exactness(0, f"a {backbone.kind} model reads a prompt in both directions")
-    if attention_of(backbone) not in ("eager", "sdpa"):
-        return Exactness(0, f"attention {attention_of(backbone)!r} may take no mask for each pair of tokens")
+    if not takes_masks(backbone):
+        return Exactness(0, f"attention {attention_of(backbone)!r} may take no mask for each two tokens")
     obstacle = _obstacle(backbone)
     return Exactness(0 if obstacle else _longest_exact(backbone.model.config), obstacle)
 

@@ -162,7 +162,9 @@ class MarkupModel:
     def scores(self, episodes: Sequence[Episode], batch_tokens: int = 2048) -> list[list[QueryScores]]:
         """Score the options of every query of every episode, as if each had a prompt of its own.
 
-        Episodes with more options than the tokenizer has symbols are scored by their options' whole names.
+        Episodes with more options than the tokenizer has symbols are scored by their options' whole names. A causal
+        backbone computes what prompts begin with once, for later calls too (`prefixes`): the scores of a call may so
+        differ from those of an earlier one by rounding.
 
         Args:
             episodes: the episodes.

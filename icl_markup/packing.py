@@ -168,6 +168,11 @@ def attention_of(backbone: Backbone) -> str:
     return str(getattr(backbone.model.config.get_text_config(), "_attn_implementation", ""))
 
 
+def takes_masks(backbone: Backbone) -> bool:
+    """Return whether that implementation takes a mask that says of each two ids whether one sees the other."""
+    return attention_of(backbone) in ("eager", "sdpa")
+
+
 def _cache(pasts: Sequence[Prefix]) -> DynamicCache:
     """Return a cache that begins with these prefixes; what the model adds to it goes into tensors of its own."""
     cache = DynamicCache()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from icl_markup.episodes import Episode
 from icl_markup.markup import Markup
-from icl_markup.packing import Grown, Prefix, Tree, grow
+from icl_markup.packing import Grown, Prefix, Tree, grow, takes_masks
 from icl_markup.prefixes import common
 from icl_markup.prompt import Prompt
 
@@ -129,7 +129,7 @@ class _Call:
         self.normalised = model.length_normalised
         self.prompts = prompts
         self.most = min(batch_tokens, MOST_PACKED)
-        self.limit = self.backbone.exactness.limit
+        self.limit = self.backbone.exactness.limit if takes_masks(self.backbone) else 0  # it may be set anew
         self.names: list[list[tuple[int, ...]]] = [[] for _ in prompts]
         if markup.answers == "names":
             self.names = [

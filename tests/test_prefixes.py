@@ -253,6 +253,21 @@ def test_models_that_cannot_be_packed_get_whole_prompts(name: str) -> None:
     assert len(model.prefixes) == 0
 
 
+def test_an_attention_that_may_take_no_mask_gets_whole_prompts() -> None:
+    model = MarkupModel(causal("llama"), "markup")
+    wanted, calls = whole(model, [asked()]), model.prefixes.counts
+    model.scores([asked()])
+    reused = calls.reused
+    transformers.AttentionInterface.register("maskless", transformers.AttentionInterface()["sdpa"])
+    transformers.AttentionMaskInterface.register("maskless", transformers.AttentionMaskInterface()["sdpa"])
+    model.backbone.model.set_attn_implementation("maskless")
+    assert torch.allclose(flat(model, [asked()]), wanted, atol=1e-5)
+    assert calls.reused == reused > 0
+    fresh = Backbone(model.backbone.model, model.backbone.tokenizer, "causal")
+    assert fresh.exactness.limit == 0
+    assert "maskless" in fresh.exactness.obstacle
+
+
 def test_other_kinds_share_nothing(backbone: Backbone) -> None:
     model = MarkupModel(backbone, "markup")
     model.classify(TEXTS, LABELS, DEMOS)
