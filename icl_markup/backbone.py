@@ -8,8 +8,9 @@ hidden states at the slots, so that no vocabulary-sized logits arise.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from icl_markup.batching import Batch
 from icl_markup.errors import BackboneError
+from icl_markup.exactness import Exactness, check_exactness
 from icl_markup.layout import Kind, Layout
 from icl_markup.loading import DTYPES, BackboneConfig, checkpoint_gradients, length_limit, load_pretrained
 from icl_markup.segments import (
@@ -132,6 +134,11 @@ class Backbone:
         ids = [i for i in range(rows) if i not in self.encoder.reserved_ids]
         return torch.tensor(ids, device=self.device)
 
+    @cached_property
+    def exactness(self) -> Exactness:
+        """Whether prompts may be packed over a cache of what they share; checked at first use."""
+        return check_exactness(self)
+
     @torch.no_grad()
     def checksum(self) -> str:
         """Return a checksum of every parameter and buffer, which any changed bit changes."""
@@ -152,16 +159,21 @@ class Backbone:
         Returns:
             fp32, shape (slots, most candidates); -inf where a slot has fewer candidates than others.
         """
-        hidden = self._hidden(batch, table)
-        logits = self._logits_of(hidden, batch.candidates.to(hidden.device))
-        return logits.masked_fill(~batch.candidate_mask.to(hidden.device), float("-inf"))
+        return self.logits_at(self._hidden(batch, table), batch.candidates, batch.candidate_mask)
 
     def token_log_probs(self, batch: Batch, table: TagTable | None = None) -> Tensor:
         """Return the log-probability, over the whole vocabulary, of `batch.targets` at each slot; fp32, (slots,)."""
-        hidden = self._hidden(batch, table)
-        targets = batch.targets.to(hidden.device)
+        return self.log_probs_at(self._hidden(batch, table), batch.targets)
+
+    def logits_at(self, hidden: Tensor, candidates: Tensor, mask: Tensor) -> Tensor:
+        """Return logits of candidates, given what the head is given at their slots; shapes as in `candidate_logits`."""
+        logits = self._logits_of(hidden, candidates.to(hidden.device))
+        return logits.masked_fill(~mask.to(hidden.device), float("-inf"))
+
+    def log_probs_at(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Return log-probabilities of tokens, given what the head is given at their slots; see `token_log_probs`."""
         parts = []
-        for rows, wanted in zip(hidden.split(256), targets.split(256), strict=True):
+        for rows, wanted in zip(hidden.split(256), targets.to(hidden.device).split(256), strict=True):
             logits = self._adjust(self._head(rows.to(self._head.weight.dtype)).float())
             parts.append(logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0])
         return torch.cat(parts)
@@ -206,11 +218,17 @@ class Backbone:
             inputs["decoder_input_ids"] = self._decoder_ids(batch)
         if self.kind != "masked":
             inputs["use_cache"] = False
-        tags = substituted(self.embedding, table) if table is not None else nullcontext()
-        with tags, self._head_bypassed() as kept, self.autocast(), self._segments(batch) as reading:
-            self.model(**inputs, **reading.inputs)
+        with self._segments(batch) as reading:
+            hidden = self.hidden_states({**inputs, **reading.inputs}, table)
         rows = batch.rows.to(self.device)
-        return kept[0][rows, reading.positions(rows, batch.positions.to(self.device))]
+        return hidden[rows, reading.positions(rows, batch.positions.to(self.device))]
+
+    def hidden_states(self, inputs: Mapping[str, Any], table: TagTable | None = None) -> Tensor:
+        """Run the model on its own keyword arguments; return what its head is given, (rows, length, hidden width)."""
+        tags = substituted(self.embedding, table) if table is not None else nullcontext()
+        with tags, self._head_bypassed() as kept, self.autocast():
+            self.model(**inputs)
+        return kept[0]
 
     def _segments(self, batch: Batch) -> AbstractContextManager[Reading]:
         if not self.local_layers or batch.segments is None:

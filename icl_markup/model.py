@@ -17,6 +17,7 @@ from icl_markup.errors import PromptError, nearest
 from icl_markup.loading import BackboneConfig
 from icl_markup.markup import Answers, Markup
 from icl_markup.names import name_scores
+from icl_markup.prefixes import PrefixCache
 from icl_markup.prompt import Prompt
 from icl_markup.scoring import QueryScores, score_queries
 from icl_markup.tags import Initialisation, Tag, TagTable, initial_rows
@@ -56,6 +57,9 @@ class MarkupModel:
         initialisation: how tags without vectors are initialised.
         seed: seeds that.
 
+    Attributes:
+        prefixes: what a causal backbone has computed of prompts, for later prompts that begin alike.
+
     Raises:
         TemplateError, PromptError: the template, or the vectors for it, cannot be used.
     """
@@ -74,6 +78,7 @@ class MarkupModel:
         self.backbone = backbone
         self.template = template if isinstance(template, Template) else Template.load(template)
         self.length_normalised = length_normalised
+        self.prefixes = PrefixCache()
         self.table = _table(backbone, self.template.tags, initialisation, seed) if self.template.tags else None
         if vectors:
             if self.table is None:
@@ -161,7 +166,9 @@ class MarkupModel:
     def scores(self, episodes: Sequence[Episode], batch_tokens: int = 2048) -> list[list[QueryScores]]:
         """Score the options of every query of every episode, as if each had a prompt of its own.
 
-        Episodes with more options than the tokenizer has symbols are scored by their options' whole names.
+        Episodes with more options than the tokenizer has symbols are scored by their options' whole names. A causal
+        backbone computes what prompts begin with once, for later calls too (`prefixes`): the scores of a call may so
+        differ from those of an earlier one by rounding.
 
         Args:
             episodes: the episodes.

@@ -13,6 +13,7 @@ from icl_markup.episodes import Episode
 from icl_markup.markup import Markup
 from icl_markup.names import name_copies
 from icl_markup.prompt import Prompt
+from icl_markup.sharing import shared_scores
 
 if TYPE_CHECKING:
     from icl_markup.model import MarkupModel
@@ -57,11 +58,18 @@ def score_queries(
     """Score the options of every query of every episode; arguments and errors are those of `MarkupModel.scores`.
 
     Where the backbone keeps queries in one prompt apart (`Backbone.local_layers`), queries of an episode share
-    prompts if that shortens no demonstration; else each has a prompt of its own. Their scores are the same.
+    prompts if that shortens no demonstration; else each has a prompt of its own. Their scores are the same. Prompts
+    of a causal backbone that begin alike share the work for that (`icl_markup.sharing`).
     """
     asked = [item for episode in episodes for item in _composed(model, markup, episode, batch_tokens)]
     found: dict[int, list[QueryScores]] = {}
-    for group in cut_by_length([item.tokens for item in asked], batch_tokens):
+    if model.backbone.kind == "causal":
+        prompts = [item.prompt for item in asked]
+        shared = shared_scores(model, markup, prompts, [item.episode for item in asked], batch_tokens)
+        found = {i: [QueryScores(row, prompts[i].shortened, prompts[i].dropped)] for i, row in shared.items()}
+    rest = [i for i in range(len(asked)) if i not in found]
+    for part in cut_by_length([asked[i].tokens for i in rest], batch_tokens):
+        group = [rest[k] for k in part]
         items = [asked[i] for i in group]
         terms = model.loss_terms([item.prompt for item in items], [item.episode for item in items], False, markup)
         rows = iter(terms.scores.cpu())
