@@ -105,6 +105,8 @@ def checked_labels(y: Any, count: int | None, name: str) -> list[Any]:
             raise PromptError(f"{name}: label {i} is empty")
         if isinstance(label, str) and not is_encodable(label):
             raise PromptError(f"{name}: label {i} holds half of a surrogate pair, which is no text; rename it")
+        if isinstance(label, str) and "\0" in label:  # arrays of strings lose it at a label's end
+            raise PromptError(f"{name}: label {i} holds a NUL character; rename it")
     return labels
 
 
