@@ -150,13 +150,13 @@ class Intents:
 
     def _change(self, change: Callable[[], None]) -> None:
         # Every attribute is replaced by a change and none altered in place, so that a shallow copy takes it back.
-        before = dict(vars(self._classifier))
+        before = dict(self._classifier.__dict__)
         try:
             change()
             if self._folder is not None:
                 self._classifier.save(self._folder)
         except BaseException as error:
-            now = vars(self._classifier)
+            now = self._classifier.__dict__
             now.update(before)
             for name in now.keys() - before.keys():
                 del now[name]

@@ -31,7 +31,7 @@ function limits(schema, what) {
 
 function route(path, method, operation, all) {
   const parts = [
-    element("h2", {}, element("span", { class: "method" }, method.toUpperCase()), path),
+    element("h2", {}, element("span", { class: "method" }, method.toUpperCase()), " ", path),
     element("p", {}, operation.description ?? operation.summary ?? ""),
   ];
   for (const one of operation.parameters ?? []) {

@@ -148,7 +148,13 @@ function answerItem(text, answer) {
   show(SHOWN);
   const prompt = element("button", { type: "button", class: "quiet small", "aria-label": `Show the prompt of ${text}` });
   prompt.append("Show the prompt");
-  prompt.addEventListener("click", () => attempt(() => showPrompt(text), prompt));
+  prompt.addEventListener("click", () =>
+    attempt(async () => {
+      await showPrompt(text);
+      at("prompt").scrollIntoView({ block: "nearest" });
+      at("prompt").focus();
+    }, prompt),
+  );
   const item = element("li", {}, element("p", { class: "asked" }, text), bars, prompt);
   if (order.length > SHOWN) {
     const all = element("button", { type: "button", class: "quiet small" }, `All ${order.length} labels`);
@@ -199,13 +205,25 @@ async function showPrompt(text) {
   prompted = text;
   const cut = found.shortened || found.dropped ? `, ${found.shortened} examples shortened, ${found.dropped} left out` : "";
   at("prompt-facts").textContent = `${found.tokens} tokens, ${found.options.length} options${cut}: “${text}”`;
-  at("prompt").replaceChildren(...found.pieces.map(piece));
+  at("prompt").replaceChildren(...segments(found.pieces));
   const kinds = Object.keys(KINDS).filter((kind) => found.pieces.some((one) => one.kind === kind));
   at("legend").replaceChildren(
     ...kinds.map((kind) => element("li", {}, element("span", { class: `piece ${kind}` }, KINDS[kind]))),
     element("li", {}, element("span", { class: "piece value query" }, "the sentence that is asked about")),
   );
   at("legend").hidden = at("prompt").hidden = false;
+}
+
+/** Put the pieces of an option, of an example or of the query together, so that lines break between these. */
+function segments(pieces) {
+  const made = [];
+  let last;
+  for (const one of pieces) {
+    if (!made.length || one.segment !== last) made.push(element("span", { class: "segment" }));
+    made.at(-1).append(piece(one));
+    last = one.segment;
+  }
+  return made;
 }
 
 function piece({ kind, text, tokens, segment }) {
