@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from itertools import islice
 from typing import Any, TypeVar
 
 from icl_markup.errors import ConfigError
@@ -174,7 +175,9 @@ class MicroBatcher:
             if request.future.done():
                 continue
             if isinstance(result, Exception):
-                request.future.set_exception(result)
+                # A future refuses StopIteration, and whoever waits for it would wait for ever.
+                is_stop = isinstance(result, StopIteration)
+                request.future.set_exception(RuntimeError(repr(result)) if is_stop else result)
             else:
                 request.future.set_result(result)
 
@@ -189,7 +192,7 @@ class MicroBatcher:
         found = iter(self._each([text for request in taken for text in request.texts]))
         results: list[Any] = []
         for request in taken:
-            own = [next(found) for _ in request.texts]
+            own = list(islice(found, len(request.texts)))
             errors = [one for one in own if isinstance(one, Exception)]
             results.append(errors[0] if errors else own)
         return results

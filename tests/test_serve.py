@@ -519,12 +519,12 @@ def batched(model: Model, action: Callable[[MicroBatcher], Awaitable[Any]], **op
         batcher = MicroBatcher(model, **options)
         await batcher.start()
         try:
-            return await asyncio.wait_for(action(batcher), 30)
+            return await action(batcher)
         finally:
             model.open.set()
             await batcher.close()
 
-    return asyncio.run(whole())
+    return asyncio.run(asyncio.wait_for(whole(), 60))
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -555,6 +555,17 @@ def test_a_wrong_number_of_answers_is_an_error_and_no_wrong_answer() -> None:
 
     with pytest.raises(RuntimeError, match="0 answers to 1 texts"):
         batched(Short(), lambda batcher: batcher.answers(["a", "b"]))
+
+
+@pytest.mark.parametrize("error", [StopIteration, MemoryError, KeyError])
+def test_any_error_reaches_who_waits(error: type[Exception]) -> None:
+    class Failing(Model):
+        def __call__(self, texts: list[str]) -> list[dict[str, Any]]:
+            raise error
+
+    for action in (lambda batcher: batcher.answers(["a"]), lambda batcher: batcher.call(lambda: next(iter(())))):
+        with pytest.raises((error, RuntimeError)):
+            batched(Failing(), action)
 
 
 def test_a_full_queue_refuses_and_takes_again() -> None:
