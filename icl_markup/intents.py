@@ -156,10 +156,7 @@ class Intents:
             if self._folder is not None:
                 self._classifier.save(self._folder)
         except BaseException as error:
-            now = self._classifier.__dict__
-            now.update(before)
-            for name in now.keys() - before.keys():
-                del now[name]
+            self._classifier.__dict__.update(before)
             if isinstance(error, TagFileError):
                 raise NotSavedError(f"nothing was changed, as it cannot be written: {error}") from error
             raise

@@ -260,5 +260,4 @@ def _told(error: Any) -> str:
 
 
 def _problem(status: int, detail: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    # A message may quote a lone surrogate, which no answer can hold.
-    return JSONResponse({"detail": detail.encode("utf-8", "replace").decode()}, status, headers)
+    return JSONResponse({"detail": detail}, status, headers)

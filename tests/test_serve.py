@@ -642,6 +642,20 @@ def test_closing_answers_what_waits_and_refuses_the_rest() -> None:
     asyncio.run(asyncio.wait_for(closing(), 30))
 
 
+def test_the_applications_end_answers_what_waits(classifier: MarkupClassifier) -> None:
+    app = create_app(classifier, batch_wait_ms=10_000)
+
+    async def ending() -> tuple[int, int]:
+        async with app.router.lifespan_context(app):
+            task = asyncio.ensure_future(asked(app, "POST", "/classify", b'{"text": "rain"}'))
+            await asyncio.sleep(0)
+            while b"icl_markup_queue_texts 1.0" not in (await asked(app, "GET", "/metrics"))[2]:
+                await asyncio.sleep(0.01)
+        return (await task)[0], (await asked(app, "GET", "/healthz"))[0]
+
+    assert asyncio.run(asyncio.wait_for(ending(), 60)) == (200, 503)
+
+
 def test_limits_that_cannot_be_are_refused(classifier: MarkupClassifier) -> None:
     for wrong in ({"most_batch": 0}, {"most_waiting": 0}, {"batch_wait_ms": -1.0}, {"most_bytes": 0}):
         with pytest.raises(ConfigError):
