@@ -15,10 +15,13 @@ from tqdm import tqdm
 
 from icl_markup.config import describe, load_config
 from icl_markup.errors import MarkupError, PromptError
+from icl_markup.serve import add_arguments as add_serve_arguments
 
-_FIT = "Make a classifier of labels and examples; nothing is trained. Writes a folder that predict loads."
+_FIT = "Make a classifier of labels and examples; nothing is trained. Writes a folder for predict and serve."
 _PREDICT = """Classify texts; writes JSONL. Exit codes: 0 done; 1 done, but some texts have an error instead of an
 answer (--keep-errors); 2 an error; 130 interrupted."""
+_SERVE = """Serve a classifier over HTTP until SIGTERM or Ctrl-C, with a page at / and the API described at /docs. The
+API key, if there is one, comes from an environment variable."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -98,6 +101,10 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--batch-tokens", type=int, help="most tokens of one forward pass")
     predict.add_argument("texts", nargs="*", help="the texts; write -- before the first")
     predict.set_defaults(run=_predict)
+
+    serve = commands.add_parser("serve", help="serve a classifier over HTTP, with a page", description=_SERVE)
+    add_serve_arguments(serve)
+    serve.set_defaults(run=_serve)
 
     show = commands.add_parser("show", help="show a prompt as pieces and ids")
     _add_model(show)
@@ -223,6 +230,12 @@ def _predict(args: argparse.Namespace, _overrides: list[str]) -> int:
             out.flush()
             failed += line.failed
     return 1 if failed else 0
+
+
+def _serve(args: argparse.Namespace, _overrides: list[str]) -> None:
+    from icl_markup.serve import serve
+
+    serve(args)
 
 
 def _show(args: argparse.Namespace, _overrides: list[str]) -> None:

@@ -13,7 +13,7 @@ from rich.table import Table
 from icl_markup.episodes import Episode, Query
 from icl_markup.errors import BackboneError
 from icl_markup.model import MarkupModel
-from icl_markup.prompt import Prompt
+from icl_markup.prompt import Piece, Prompt
 from icl_markup.tagfile import load_model, read_tags
 from icl_markup.tags import tags_in_vocabulary
 
@@ -29,14 +29,19 @@ _STYLES = {
 
 def prompt_rows(model: MarkupModel, prompt: Prompt) -> list[tuple[str, str, str]]:
     """Return a prompt as rows of (kind, string, ids), one a piece; a tag's string is its name."""
-    names = {}
-    if model.table is not None:
-        names = {model.table.ids(tag.name)[0]: tag.name for tag in model.table.tags}
+    names = _tag_names(model)
     rows = []
     for piece in prompt.pieces:
         text = names[piece.ids[0]] if piece.kind == "tag" else " ".join(_tokens(model, piece.ids))
         rows.append((piece.kind, text, " ".join(map(str, piece.ids))))
     return rows
+
+
+def prompt_pieces(model: MarkupModel, prompt: Prompt) -> list[tuple[Piece, str]]:
+    """Return a prompt's pieces, each with its text as a person reads it; a tag's text is its name."""
+    names = _tag_names(model)
+    decode = model.backbone.encoder.decode
+    return [(p, names[p.ids[0]] if p.kind == "tag" else decode(list(p.ids))) for p in prompt.pieces]
 
 
 def print_prompt(model: MarkupModel, episode: Episode, text: str, *, chat: bool = False) -> None:
@@ -111,6 +116,13 @@ def _nearest(model: MarkupModel, row: torch.Tensor, count: int) -> list[str]:
     best = cosine.topk(count)
     tokens = _tokens(model, tuple(ids[best.indices].tolist()))
     return [f"{token} {value:.2f}" for token, value in zip(tokens, best.values.tolist(), strict=True)]
+
+
+def _tag_names(model: MarkupModel) -> dict[int, str]:
+    """Return the tags' names by the first of their ids."""
+    if model.table is None:
+        return {}
+    return {model.table.ids(tag.name)[0]: tag.name for tag in model.table.tags}
 
 
 def _tokens(model: MarkupModel, ids: tuple[int, ...]) -> list[str]:
