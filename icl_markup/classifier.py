@@ -143,6 +143,8 @@ class MarkupClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     ) -> MarkupClassifier:
         """Add demonstrations and labels, and remove labels with their demonstrations; a calibration is kept.
 
+        `descriptions` may have been changed before; of all other parameters `fit` has the last word.
+
         Args:
             X, y: demonstrations to add, as in `fit`.
             classes: labels to add by name alone.
@@ -153,7 +155,7 @@ class MarkupClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """
         check_parameters(self)
         if hasattr(self, "classes_"):
-            self._fitted()
+            self._fitted(but=("descriptions",))
         texts = checked_texts(X, "X")
         labels = checked_labels(y, len(texts), "y")
         added = checked_labels(classes, None, "classes")
@@ -374,11 +376,11 @@ class MarkupClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             self._asker = self._new_asker(self.classes_, self.texts_, self.labels_)
         return self._asker
 
-    def _fitted(self) -> None:
+    def _fitted(self, but: Sequence[str] = ()) -> None:
         if not hasattr(self, "classes_"):
             raise NotFittedError("this MarkupClassifier has no labels yet; call fit first")
         for name, value in self._settings().items():
-            if value is not self._given[name] and value != self._given[name]:
+            if name not in but and value is not self._given[name] and value != self._given[name]:
                 raise ConfigError(
                     f"{name} was changed after fit, from {self._given[name]!r} to {value!r}; call fit again"
                 )

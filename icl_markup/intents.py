@@ -121,8 +121,8 @@ class Intents:
         label = self._known(name)
 
         def change() -> None:
-            self._classifier.partial_fit(remove=[label])
             self._describe(label, "")
+            self._classifier.partial_fit(remove=[label])
 
         self._change(change)
 

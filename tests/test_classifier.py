@@ -337,11 +337,12 @@ def test_what_is_loaded_answers_as_what_was_saved(kind: str, parameters: Any, tm
     loaded = MarkupClassifier.load(folder)
     assert loaded.classes_.tolist() == made.classes_.tolist()
     assert loaded.calibration_ == made.calibration_
-    assert (loaded.predict_proba(NEW) == made.predict_proba(NEW)).all()
+    # A causal backbone that has the prompt's head in its cache differs by rounding from one that computes it.
+    np.testing.assert_allclose(loaded.predict_proba(NEW), made.predict_proba(NEW), atol=1e-6)
     loaded.partial_fit(remove=["weather"]).save(folder)
     again = MarkupClassifier.load(folder)
     assert "weather" not in again.classes_
-    assert (again.predict_proba(NEW) == loaded.predict_proba(NEW)).all()
+    np.testing.assert_allclose(again.predict_proba(NEW), loaded.predict_proba(NEW), atol=1e-6)
     assert sorted(path.name for path in folder.parent.iterdir()) == ["classifier"]
 
 
