@@ -38,10 +38,7 @@ def save_classifier(classifier: MarkupClassifier, folder: str | Path) -> Path:
         raise ConfigError(
             "retriever is a function, which cannot be written as data; name one, or give it after loading"
         )
-    if folder.exists() and not folder.is_dir():
-        raise TagFileError(f"{folder}: is a file; give a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / FILE).exists():
-        raise TagFileError(f"{folder}: holds other files and no classifier; choose an empty or a new folder")
+    check_place(folder)
     model = classifier.fitted_model()
     inside = classifier.labels()
     descriptions = classifier.descriptions or {}
@@ -75,6 +72,21 @@ def save_classifier(classifier: MarkupClassifier, folder: str | Path) -> Path:
     except OSError as error:
         raise TagFileError(f"{folder}: cannot write the classifier: {error}") from error
     return folder
+
+
+def check_place(folder: str | Path) -> None:
+    """Check that a classifier may be written there, in place of at most another one.
+
+    Raises:
+        TagFileError: it is a file, or a folder with anything else in it.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise TagFileError(f"{folder}: is a file; give a folder")
+    found = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    others = found if FILE not in found else found - {FILE, TAGS}
+    if others:
+        raise TagFileError(f"{folder}: holds {min(others)!r}, no part of a classifier; choose an empty or a new folder")
 
 
 def load_classifier(folder: str | Path, device: str = "auto", batch_tokens: int | None = None) -> MarkupClassifier:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,17 +31,31 @@ def check_parameters(classifier: Any) -> None:
     """
     for name, choices in _CHOICES.items():
         value = getattr(classifier, name)
-        if value not in choices:
+        if not (value is None or isinstance(value, str)) or value not in choices:
             raise ConfigError(f"{name}: {value!r} is not one of {', '.join(map(repr, choices))}")
     for name, least in _LEAST.items():
         value = getattr(classifier, name)
         if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
             raise ConfigError(f"{name}: {value!r} is not a whole number of at least {least}")
+    if not isinstance(classifier.random_state, (int, np.integer)):
+        raise ConfigError(f"random_state: {classifier.random_state!r} is not a whole number")
+    _check_descriptions(classifier.descriptions)
     for name in ("threshold", "retriever_weight"):
         value = getattr(classifier, name)
         is_number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and np.isfinite(value)
-        if not is_number and value != {"threshold": None, "retriever_weight": "auto"}[name]:
+        is_default = value is None if name == "threshold" else isinstance(value, str) and value == "auto"
+        if not is_number and not is_default:
             raise ConfigError(f"{name}: {value!r} is not a finite number")
+
+
+def _check_descriptions(descriptions: Any) -> None:
+    if descriptions is None:
+        return
+    if not isinstance(descriptions, Mapping):
+        raise ConfigError(f"descriptions: {_shown(descriptions)}; give a mapping from labels to texts")
+    for label, text in descriptions.items():
+        if not isinstance(text, str) or not is_encodable(text):
+            raise ConfigError(f"descriptions: that of {label!r} is {_shown(text)}, not a text")
 
 
 def checked_texts(X: Any, name: str) -> list[str]:

@@ -151,6 +151,7 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--calibration", choices=["none", "contextual", "batch"], default="none")
     parser.add_argument("--retriever", choices=["backbone", "bm25", "embedding"], default="backbone")
     parser.add_argument("--permutations", type=int, default=1, help="orders of the options to average over")
+    parser.add_argument("--batch-tokens", type=int, help="most tokens of one forward pass")
 
 
 def _add_episode(parser: argparse.ArgumentParser) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from icl_markup.classifier import MarkupClassifier
+from icl_markup.classifier_file import check_place
 from icl_markup.errors import ConfigError, TaskError
 from icl_markup.readers import TaskSource, example_of, read_task, rows_of
 from icl_markup.tasks import NONE_OF_THE_ABOVE, Example, TaskChecks
@@ -23,6 +24,7 @@ def fit_files(args: argparse.Namespace) -> Iterator[str]:
     """
     if args.shots is not None and args.shots < 1:
         raise ConfigError(f"--shots {args.shots}: give a number of at least 1")
+    check_place(args.out)
     examples, validation, descriptions = _examples(args)
     if args.validation:
         validation = list(_rows(Path(args.validation), args, None))
@@ -30,12 +32,13 @@ def fit_files(args: argparse.Namespace) -> Iterator[str]:
         raise ConfigError("--calibration batch learns from texts that are no examples; give them with --validation")
     classifier = MarkupClassifier(
         args.tags,
-        backbone=args.backbone,
+        backbone=_found(args.backbone),
         descriptions=descriptions or None,
         none_of_the_above=args.none_of_the_above,
         calibration=args.calibration,
         retriever=args.retriever,
         n_permutations=args.permutations,
+        **({} if args.batch_tokens is None else {"batch_tokens": args.batch_tokens}),
         device=args.device,
     )
     classifier.fit([e.text for e in examples], [e.label for e in examples])
@@ -50,6 +53,11 @@ def fit_files(args: argparse.Namespace) -> Iterator[str]:
         yield f"calibrated on {len(texts)} texts: temperature {found.temperature:.3f}, threshold {found.threshold}"
         yield f"recall of the retriever on them: {classifier.retriever_recall(texts, labels):.3f}"
     yield f"classifier: {classifier.save(args.out)}"
+
+
+def _found(backbone: str | None) -> str | None:
+    """Return a folder's whole path, by which the classifier finds it from anywhere; a hub name as it is."""
+    return str(Path(backbone).resolve()) if backbone and Path(backbone).is_dir() else backbone
 
 
 def _examples(args: argparse.Namespace) -> tuple[list[Example], list[Example], dict[str, str]]:

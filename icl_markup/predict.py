@@ -63,11 +63,11 @@ def open_texts(texts: Sequence[str], file: str | None, column: str = "text") -> 
         return
     path = Path(str(file))
     try:
-        lines = path.open(encoding="utf-8")
+        lines = path.open(encoding="utf-8-sig")
     except OSError as error:
         raise PromptError(f"{file}: cannot be read: {error.strerror}") from error
     with lines:
-        if path.suffix in (".jsonl", ".csv", ".tsv"):
+        if path.suffix.lower() in (".jsonl", ".csv", ".tsv"):
             yield _column(path, column)
         else:
             yield _numbered(str(file), lines)

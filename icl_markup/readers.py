@@ -163,10 +163,10 @@ def rows_of(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         ".csv": lambda p: _csv_rows(p, ","),
         ".tsv": lambda p: _csv_rows(p, "\t"),
     }
-    if path.suffix not in readers:
+    if path.suffix.lower() not in readers:
         raise TaskError(f"{path}: unknown kind of file {path.suffix!r}; use .jsonl, .csv or .tsv")
     try:
-        yield from readers[path.suffix](path)
+        yield from readers[path.suffix.lower()](path)
     except OSError as error:
         raise TaskError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -174,7 +174,7 @@ def rows_of(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue

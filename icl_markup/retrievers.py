@@ -6,6 +6,7 @@ of the stored texts until other ones are asked for, and nothing of the queries, 
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
@@ -41,6 +42,10 @@ class EmbeddingRetriever:
     def __init__(self, encoder: SentenceEncoder | str = MINILM):
         self.encoder = SentenceEncoder(encoder) if isinstance(encoder, str) else encoder
         self._kept: tuple[tuple[str, ...], Floats] | None = None
+
+    def __sklearn_clone__(self) -> EmbeddingRetriever:
+        """Return itself: an estimator that is cloned keeps using the same frozen encoder."""
+        return self
 
     def __call__(self, queries: Sequence[str], texts: Sequence[str]) -> Floats:
         """Return cosines of shape (queries, texts)."""
@@ -150,7 +155,10 @@ def words(text: str) -> list[str]:
 def _runs(text: str) -> list[str]:
     runs: list[str] = []
     last = None
-    for character in text.casefold():
+    for character in unicodedata.normalize("NFKC", text).casefold():
+        if last is not None and unicodedata.category(character).startswith("M"):
+            runs[-1] += character  # a vowel sign or an accent belongs to the letter before it
+            continue
         kind = _is_spaceless(character) if character.isalnum() else None
         if kind is None:
             last = None

@@ -41,8 +41,12 @@ def ask_for(args: argparse.Namespace) -> Ask:
         PromptError: a classifier is given together with what it brings along, or `--top` is not positive.
         MarkupError: something cannot be loaded.
     """
-    if args.top is not None and args.top < 1:
-        raise PromptError(f"--top {args.top}: give a number of labels, at least 1")
+    for name in ("top", "batch_tokens"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise PromptError(f"--{name.replace('_', '-')} {value}: give a number of at least 1")
+    if args.classifier and args.answers != "symbols":
+        raise PromptError("--classifier brings along how it is answered; leave --answers away")
     if not args.classifier:
         return ask_model(load_for(args), task_episode(args), args.batch_tokens or 2048, args.top)
     for name in ("tags", "backbone", "template", "labels", "task", "demo", "none_of_the_above"):

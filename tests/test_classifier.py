@@ -409,6 +409,11 @@ def test_bad_input_is_named(texts: Any, labels: Any, message: str) -> None:
         ({"most_tokens": 2.5}, "most_tokens"),
         ({"threshold": float("nan")}, "threshold"),
         ({"retriever_weight": "much"}, "retriever_weight"),
+        ({"threshold": np.array([1, 2])}, "threshold"),
+        ({"calibration": np.array(["none", "batch"])}, "calibration"),
+        ({"random_state": None}, "random_state"),
+        ({"descriptions": "weather"}, "descriptions"),
+        ({"descriptions": {"weather": 3}}, "that of 'weather'"),
     ],
 )
 def test_bad_parameters_are_named(parameters: Any, message: str) -> None:
