@@ -18,7 +18,14 @@ from sklearn.utils import Tags
 
 from icl_markup.asking import Asker
 from icl_markup.calibration import Calibration, out_of_scope, shifted, with_rejection
-from icl_markup.classifier_input import check_parameters, checked_labels, checked_texts, cut_text, distinct_classes
+from icl_markup.classifier_input import (
+    check_parameters,
+    checked_labels,
+    checked_texts,
+    cut_text,
+    distinct_classes,
+    shown_name,
+)
 from icl_markup.episodes import Demo, Option
 from icl_markup.errors import ConfigError, PromptError, nearest
 from icl_markup.loading import BackboneConfig
@@ -357,7 +364,7 @@ class MarkupClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         shown = self._cut(texts, model)
         return Asker(
             model,
-            tuple(Option(str(label), descriptions.get(label, "")) for label in inside),
+            tuple(Option(shown_name(label), descriptions.get(label, "")) for label in inside),
             tuple(Demo(text, answer) for text, answer in zip(shown, answers, strict=True)),
             retriever_named(self.retriever, model.backbone, self.encoder, self.batch_tokens),
             offers_none=self.none_of_the_above == "option",

@@ -145,7 +145,7 @@ def distinct_classes(labels: Sequence[Any], with_none: bool) -> NDArray[Any]:
     distinct = sorted(set(labels))
     written: dict[str, Any] = {}
     for label in distinct:
-        text = str(label).strip()
+        text = shown_name(label)
         if text in written:
             raise PromptError(f"labels {written[text]!r} and {label!r} are written alike; rename one")
         written[text] = label
@@ -155,6 +155,11 @@ def distinct_classes(labels: Sequence[Any], with_none: bool) -> NDArray[Any]:
                 "none_of_the_above, and give them to calibrate"
             )
     return np.array([*distinct, *([NONE_OF_THE_ABOVE] if with_none else [])])
+
+
+def shown_name(label: Any) -> str:
+    """Return a label as prompts show it: underscores, by which words of labels are often joined, are spaces there."""
+    return (str(label).replace("_", " ").strip() or str(label)).strip()
 
 
 def _plain(label: Any) -> Any:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -85,11 +86,22 @@ def _rows(path: Path, args: argparse.Namespace, shots: int | None) -> Iterator[E
     source = TaskSource(str(path), text_column=args.text_column, label_column=args.label_column)
     rows = tqdm(rows_of(path), desc=f"reading {path.name}", unit="row", disable=None)
     found = False
-    for example in _first((example_of(row, f"{path}:{line}", source) for line, row in rows), shots):
+    for example in _first((_labelled(row, f"{path}:{line}", source) for line, row in rows), shots):
         found = True
         yield example
     if not found:
         raise TaskError(f"{path}: no examples; give a text and a label a row")
+
+
+def _labelled(row: Mapping[str, Any], place: str, source: TaskSource) -> Example:
+    """Read an example whose label is kept as it is written: answers bring it back."""
+    example = example_of(row, place, source)
+    label = row[source.label_column]
+    if isinstance(label, bool) or not isinstance(label, (str, int)):
+        raise TaskError(f"{place}: the label is {label!r}; give a string or a whole number")
+    if not str(label).strip():
+        raise TaskError(f"{place}: the label is empty; remove the row or fill it in")
+    return example._replace(label=str(label).strip())
 
 
 def _first(examples: Iterator[Example] | list[Example], shots: int | None) -> Iterator[Example]:

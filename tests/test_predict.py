@@ -191,6 +191,23 @@ def test_memory_does_not_grow_with_the_stream() -> None:
     assert sum(asked) < 1300
 
 
+def test_labels_come_back_as_they_were_written(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "e.csv").write_text("text,label\nmy card,lost_card\nwill it rain,weather\n")
+    command = ["--backbone", str(place / "backbone"), "--out", str(tmp_path / "c")]
+    assert main(["fit", str(tmp_path / "e.csv"), *command]) == 0
+    classifier = MarkupClassifier.load(tmp_path / "c")
+    assert classifier.labels() == ["lost_card", "weather"]
+    assert classifier.compose("a text")[1] == ["lost card", "weather"], "words in the prompt"
+    for row, message in (("a text,", "e.csv:2: the label is empty"), ("", "no examples")):
+        (tmp_path / "e.csv").write_text(f"text,label\n{row}\n" if row else "text,label\n")
+        assert main(["fit", str(tmp_path / "e.csv"), *command]) == 2
+        assert message in capsys.readouterr().err
+    for label in ("NaN", "[1]", "true", "null"):
+        (tmp_path / "e.jsonl").write_text(f'{{"text": "a", "label": {label}}}\n')
+        assert main(["fit", str(tmp_path / "e.jsonl"), *command]) == 2
+        assert "e.jsonl:1" in capsys.readouterr().err
+
+
 def test_fit_reads_a_task_folder_with_its_validation_split(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
