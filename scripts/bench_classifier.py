@@ -1,11 +1,11 @@
 """Queries a second and peak memory of the same prompts through four ways, against the number of demonstrations.
 
-    python scripts/bench_classifier.py results/bench_classifier.jsonl
+    python scripts/bench_classifier.py results/bench/classifier.jsonl
 
 - ours, first call: `MarkupModel.scores`, the shared head of the prompt computed in the same call
 - ours, later call: the same queries' siblings once its keys and values are there
 - lm-eval: lm-eval-harness' ``HFLM`` on a merged checkpoint, each option's letter a continuation; it is given token ids,
-  so that prompts are the same and its tokenisation costs it nothing (`pip install lm-eval`)
+  so that prompts are the same and its tokenisation costs it nothing (`pip install "icl-markup[bench]"`)
 - generate: transformers' ``generate`` for one token, a prompt at a time
 
 The model has the shape of SmolLM2-135M with random weights (time does not depend on them); tags lie in spare rows of

@@ -8,4 +8,5 @@ for experiment in tuning news intent open_world intent_full legal sensitivity ab
   icl-markup evaluate "configs/experiments/$experiment.yaml"
 done
 python scripts/mechanics.py results/mechanics.jsonl
+python scripts/classifier_calibration.py results/classifier.jsonl
 icl-markup report results/*.jsonl --out results/README.md
