@@ -19,6 +19,7 @@ from sklearn.utils import Tags
 from icl_markup.asking import Asker
 from icl_markup.calibration import Calibration, out_of_scope, shifted, with_rejection
 from icl_markup.classifier_input import (
+    check_described,
     check_parameters,
     checked_labels,
     checked_texts,
@@ -70,7 +71,8 @@ class MarkupClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             or a function from queries and texts to similarities of shape (queries, texts).
         encoder: the sentence encoder of ``embedding``; None: all-MiniLM-L6-v2.
         retriever_weight: how much the retriever's similarity counts beside the prompt's answer, where it chooses
-            options; ``auto``: 1 for cosines, 0 for others.
+            options: its multiple of similarity / 0.05 is added to the logits, a scale made for cosines (scores of
+            BM25 are some 20 times larger); ``auto``: 1 for the cosines of ``backbone`` and ``embedding``, else 0.
         options: labels a prompt, where they are chosen.
         demos: demonstrations a prompt, where they are chosen.
         calibration: ``none``; ``contextual``: by content-free texts in the same prompt (Zhao et al. 2021); ``batch``:
@@ -338,6 +340,7 @@ class MarkupClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self, texts: list[str], labels: list[Any], others: Iterable[Any], calibration: Calibration
     ) -> MarkupClassifier:
         classes = distinct_classes([*labels, *others], self.none_of_the_above is not None)
+        check_described(self.descriptions, classes.tolist())
         position = {label: i for i, label in enumerate(classes)}
         demos = [position[label] for label in labels]
         asker = self._new_asker(classes, texts, demos)
@@ -366,7 +369,7 @@ class MarkupClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             model,
             tuple(Option(shown_name(label), descriptions.get(label, "")) for label in inside),
             tuple(Demo(text, answer) for text, answer in zip(shown, answers, strict=True)),
-            retriever_named(self.retriever, model.backbone, self.encoder, self.batch_tokens),
+            self._retriever(model),
             offers_none=self.none_of_the_above == "option",
             options=self.options,
             most_demos=self.demos,
@@ -378,6 +381,22 @@ class MarkupClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             task_description=self.task_description,
         )
 
+    def _retriever(self, model: MarkupModel) -> Retriever:
+        """Return the retriever of before, which has read its texts, unless it would be another one now."""
+        before: Asker | None = getattr(self, "_asker", None)
+        if before is not None and before.model is model and not self._changed("retriever", "encoder"):
+            return before.retriever
+        return retriever_named(self.retriever, model.backbone, self.encoder, self.batch_tokens)
+
+    def _changed(self, *names: str) -> list[str]:
+        """Return which of these parameters are no longer those of `fit`."""
+        given = self._given
+        return [
+            name
+            for name, value in self._settings().items()
+            if name in names and value is not given[name] and value != given[name]
+        ]
+
     def _asker_(self) -> Asker:
         if getattr(self, "_asker", None) is None:  # unpickled
             self._asker = self._new_asker(self.classes_, self.texts_, self.labels_)
@@ -386,11 +405,10 @@ class MarkupClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     def _fitted(self, but: Sequence[str] = ()) -> None:
         if not hasattr(self, "classes_"):
             raise NotFittedError("this MarkupClassifier has no labels yet; call fit first")
-        for name, value in self._settings().items():
-            if name not in but and value is not self._given[name] and value != self._given[name]:
-                raise ConfigError(
-                    f"{name} was changed after fit, from {self._given[name]!r} to {value!r}; call fit again"
-                )
+        for name in self._changed(*(self._settings().keys() - set(but))):
+            raise ConfigError(
+                f"{name} was changed after fit, from {self._given[name]!r} to {getattr(self, name)!r}; call fit again"
+            )
 
     def labels(self) -> list[Any]:
         """Return the labels without "none of the above"."""

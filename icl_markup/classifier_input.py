@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -56,6 +57,22 @@ def _check_descriptions(descriptions: Any) -> None:
     for label, text in descriptions.items():
         if not isinstance(text, str) or not is_encodable(text):
             raise ConfigError(f"descriptions: that of {label!r} is {_shown(text)}, not a text")
+
+
+def check_described(descriptions: Mapping[Any, str] | None, labels: Sequence[Any]) -> None:
+    """Check that no description is lost to a slip of the pen.
+
+    A description may be of a label that is not known yet, or that a fold of a cross-validation lacks; but not of one
+    that is written nearly as a label that has none.
+
+    Raises:
+        ConfigError: there is such a description.
+    """
+    described = dict(descriptions or {})
+    bare = {str(label): label for label in labels if label not in described}
+    for label in described.keys() - set(labels):
+        for meant in difflib.get_close_matches(str(label), bare, n=1, cutoff=0.8):
+            raise ConfigError(f"descriptions: {label!r} is no label; did you mean {bare[meant]!r}?")
 
 
 def checked_texts(X: Any, name: str) -> list[str]:

@@ -1,13 +1,14 @@
 """Retrievers: how alike queries and stored texts are, by words, by sentence embeddings, or by the backbone itself.
 
 A retriever is any function from queries and stored texts to their similarities. The ones here keep what they computed
-of the stored texts until other ones are asked for, and nothing of the queries, of which there may be any number.
+of the stored texts as long as these are asked for, so that a text that is added later costs itself alone; they keep
+nothing of the queries, of which there may be any number.
 """
 
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from icl_markup.backbone import Backbone
 from icl_markup.batching import cut_by_length
 from icl_markup.errors import ConfigError, PromptError, nearest
-from icl_markup.sentences import MINILM, SentenceEncoder
+from icl_markup.sentences import MINILM, SentenceEncoder, shared_encoder
 
 Floats = NDArray[np.float32]
 Known = Literal["backbone", "bm25", "embedding"]
@@ -32,16 +33,48 @@ class Retriever(Protocol):
         ...
 
 
+class Vectors:
+    """The vectors of some texts; of other texts asked for next, only those that are new are computed.
+
+    Args:
+        compute: from texts (n,) to vectors (n, width), whatever they are computed together with.
+    """
+
+    def __init__(self, compute: Callable[[Sequence[str]], NDArray[Any]]):
+        self._compute = compute
+        self._kept: dict[str, NDArray[Any]] = {}
+
+    def of(self, texts: Sequence[str]) -> Floats:
+        """Return vectors of shape (texts, width), and forget texts that are not asked for now."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._kept]
+        self._kept.update(zip(new, self._compute(new) if new else (), strict=True))
+        self._kept = {text: self._kept[text] for text in dict.fromkeys(texts)}
+        return np.asarray(np.stack([self._kept[text] for text in texts]), dtype=np.float32)
+
+
 class EmbeddingRetriever:
     """Cosine of sentence embeddings.
 
     Args:
-        encoder: a sentence encoder, or the name of one (`icl_markup.sentences`).
+        encoder: a sentence encoder, or the name of one (`icl_markup.sentences`), which is loaded once it is needed and
+            shared with others that name it.
     """
 
     def __init__(self, encoder: SentenceEncoder | str = MINILM):
-        self.encoder = SentenceEncoder(encoder) if isinstance(encoder, str) else encoder
+        self._encoder = encoder
         self._kept: tuple[tuple[str, ...], Floats] | None = None
+        self._vectors = Vectors(self._computed)
+
+    @property
+    def encoder(self) -> SentenceEncoder:
+        """The sentence encoder.
+
+        Raises:
+            BackboneError: it cannot be loaded.
+        """
+        if isinstance(self._encoder, str):
+            self._encoder = shared_encoder(self._encoder)
+        return self._encoder
 
     def __sklearn_clone__(self) -> EmbeddingRetriever:
         """Return itself: an estimator that is cloned keeps using the same frozen encoder."""
@@ -51,9 +84,12 @@ class EmbeddingRetriever:
         """Return cosines of shape (queries, texts)."""
         return self.encoder.compute(queries) @ self._stored(tuple(texts)).T
 
+    def _computed(self, texts: Sequence[str]) -> Floats:
+        return self.encoder.compute(texts)
+
     def _stored(self, texts: tuple[str, ...]) -> Floats:
         if self._kept is None or self._kept[0] != texts:
-            self._kept = texts, self.encoder.compute(texts)
+            self._kept = texts, self._vectors.of(texts)
         return self._kept[1]
 
 
@@ -73,6 +109,7 @@ class BackboneRetriever(EmbeddingRetriever):
         self.backbone = backbone
         self.batch_tokens = batch_tokens
         self._kept = None
+        self._vectors = Vectors(self._states)
         self._mean: Floats = np.zeros(1, dtype=np.float32)
 
     def __call__(self, queries: Sequence[str], texts: Sequence[str]) -> Floats:
@@ -82,7 +119,7 @@ class BackboneRetriever(EmbeddingRetriever):
 
     def _stored(self, texts: tuple[str, ...]) -> Floats:
         if self._kept is None or self._kept[0] != texts:
-            states = self._states(texts)
+            states = self._vectors.of(texts)
             self._mean = states.mean(axis=0)
             self._kept = texts, _unit(states - self._mean)
         return self._kept[1]
@@ -193,7 +230,6 @@ def retriever_named(name: str | Retriever, backbone: Backbone, encoder: str | No
 
     Raises:
         ConfigError: there is no such retriever, or its package is missing.
-        BackboneError: the sentence encoder cannot be loaded.
     """
     if callable(name):
         return name

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import huggingface_hub
@@ -115,6 +117,23 @@ class SentenceEncoder:
             ids = self.model.tokenizer(new, add_special_tokens=True, truncation=False, verbose=False)["input_ids"]
             self._too_long.update((text, len(row) > limit) for text, row in zip(new, ids, strict=True))
         return sum(self._too_long[text] for text in texts)
+
+
+_encoders: weakref.WeakValueDictionary[str, SentenceEncoder] = weakref.WeakValueDictionary()
+_lock = Lock()
+
+
+def shared_encoder(name: str = MINILM) -> SentenceEncoder:
+    """Return the encoder of a name, loaded unless somebody holds it.
+
+    Raises:
+        BackboneError: as `SentenceEncoder`.
+    """
+    with _lock:
+        encoder = _encoders.get(name)
+        if encoder is None:
+            encoder = _encoders[name] = SentenceEncoder(name)
+        return encoder
 
 
 def _folder(name: str, revision: str | None) -> Path:

@@ -186,6 +186,36 @@ def test_descriptions_are_shown() -> None:
     assert [o.description for o in classifier._asker.labels] == ["", "", "", "rain or sunshine"]
 
 
+def test_a_description_of_a_misspelt_label_is_an_error() -> None:
+    with pytest.raises(MarkupError, match="'wether' is no label; did you mean 'weather'"):
+        tiny(descriptions={"wether": "rain"}).fit(X, Y)
+    assert tiny(descriptions={"invoice": "what is to be paid"}).fit(X, Y).predict(NEW[:1]).shape == (1,)
+
+
+def test_an_intent_that_is_added_costs_the_reading_of_its_own_texts() -> None:
+    classifier = tiny(options=2, demos=2, most_tokens=16)
+    classifier.fit(
+        [f"text {i} of many words that fill the prompt" for i in range(60)], [f"label {i}" for i in range(60)]
+    )
+    assert classifier._asker.retrieves
+    classifier.predict(["text 1"])
+    retriever = classifier._asker.retriever
+    read: list[str] = []
+    states = retriever._states
+
+    def counted(texts: Any) -> Any:
+        read.extend(texts)
+        return states(texts)
+
+    retriever._states = retriever._vectors._compute = counted
+    classifier.partial_fit(["a new text"], ["a new label"])
+    classifier.predict(["text 2"])
+    assert sorted(read) == ["a new label", "a new text", "text 2"]
+    fresh = clone(classifier).fit(classifier.texts_, [classifier.classes_[i] for i in classifier.labels_])
+    texts = ["text 3", "new"]
+    np.testing.assert_allclose(fresh.predict_proba(texts), classifier.predict_proba(texts), atol=1e-5)
+
+
 @pytest.mark.parametrize("mode", ["option", "threshold"])
 def test_what_fits_no_label_is_rejected_as_the_threshold_says(mode: Any) -> None:
     texts = [*NEW, "the moon is made of cheese", "seven times eight"]

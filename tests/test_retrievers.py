@@ -83,8 +83,10 @@ def test_embeddings_of_stored_texts_are_computed_once() -> None:
     for _ in range(3):
         assert retriever(["a"], ["bb", "ccc"]).shape == (1, 2)
     assert encoder.computed.count("bb") == 1
-    retriever(["a"], ["bb"])
-    assert encoder.computed.count("bb") == 2, "other texts are stored now"
+    retriever(["a"], ["bb", "dddd"])
+    assert [encoder.computed.count(text) for text in ("bb", "ccc", "dddd")] == [1, 1, 1], "the new one alone"
+    retriever(["a"], ["ccc"])
+    assert encoder.computed.count("ccc") == 2, "what is no longer stored is forgotten"
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
