@@ -46,7 +46,7 @@ types: .installed-dev
 	$(BIN)/mypy
 
 unit: .installed-dev
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 clean:
 	rm -rf $(VENV) .installed-run .installed-dev .mypy_cache .ruff_cache .pytest_cache build *.egg-info
