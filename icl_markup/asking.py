@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import factorial
 from typing import NamedTuple
 
 import numpy as np
@@ -53,10 +54,10 @@ class Asker:
         most_demos: demonstrations a prompt, where they are chosen.
         weight: where they are chosen, how much the retriever's similarity counts beside the prompt's answer: their
             probabilities are multiplied (a product of experts, Hinton 2002), the retriever's to this power.
-        n_permutations: orders of the options, over which probabilities are averaged; "none of the above" stays last.
+        n_permutations: orders of the options, over which probabilities are averaged, if there are so many; "none of
+            the above" stays last.
         contextual: divide by the mean probabilities that content-free texts have in the same prompt (Zhao et al. 2021).
         seed: seeds the orders.
-        batch_tokens: the most tokens of one forward pass.
         task_description: for templates with the field ``{task}``.
     """
 
@@ -71,7 +72,6 @@ class Asker:
     n_permutations: int = 1
     contextual: bool = False
     seed: int = 0
-    batch_tokens: int = 4096
     task_description: str = ""
 
     @cached_property
@@ -102,11 +102,12 @@ class Asker:
         episode = self._longest()
         return max(1, self.model.markup.room(self.model.markup.compose(episode), episode))
 
-    def log_probs(self, texts: Sequence[str]) -> NDArray[np.float64]:
+    def log_probs(self, texts: Sequence[str], batch_tokens: int = 4096) -> NDArray[np.float64]:
         """Return log-probabilities of the labels, and of "none of the above" in a last column where it is offered.
 
         Args:
             texts: the texts to classify.
+            batch_tokens: the most tokens of one forward pass.
 
         Returns:
             Shape (texts, labels (+ 1)); -inf where a prompt did not offer a label.
@@ -114,12 +115,26 @@ class Asker:
         Raises:
             PromptError: a text is empty, or does not fit.
         """
-        width = len(self.whole.options)
-        parts = np.full((self.n_permutations, len(texts), width), -np.inf)
-        asked = list(self.asked(texts))
+        total = np.full((len(texts), len(self.whole.options)), -np.inf)
+        first = self._first_order(texts)
+        for permutation in range(self.orders):
+            total = np.logaddexp(total, self._in_order(first, permutation, total.shape, batch_tokens))
+        return np.asarray(total - np.log(self.orders) if self.orders > 1 else total)
+
+    @property
+    def orders(self) -> int:
+        """The number of orders that are asked: no more than there are."""
+        shown = len(self.labels) if not self.retrieves else min(self._most_options, len(self.labels))
+        return min(self.n_permutations, factorial(min(shown, 12)))
+
+    def _in_order(
+        self, first: Sequence[Asked], permutation: int, shape: tuple[int, ...], batch_tokens: int
+    ) -> NDArray[np.float64]:
+        part = np.full(shape, -np.inf)
+        asked = [self._ordered(one, permutation) for one in first]
         probes = tuple(Query(text) for text in CONTENT_FREE) if self.contextual else ()
-        episodes = [replace(one.episode, queries=one.episode.queries + probes) for _, one in asked]
-        for (permutation, one), found in zip(asked, self.model.scores(episodes, self.batch_tokens), strict=True):
+        episodes = [replace(one.episode, queries=one.episode.queries + probes) for one in asked]
+        for one, found in zip(asked, self.model.scores(episodes, batch_tokens), strict=True):
             scores = log_softmax(np.array([row.scores.double().numpy() for row in found]), axis=1)
             own, probed = scores[: len(one.rows)], scores[len(one.rows) :]
             if self.contextual:
@@ -128,24 +143,29 @@ class Asker:
                 prior = log_softmax(logsumexp(probed[:, :labels], axis=0)) + np.log(labels)
                 own = log_softmax(own - np.append(prior, np.zeros(int(self.offers_none))), axis=1)
             own = log_softmax(own + self.weight * one.opinion, axis=1)
-            parts[permutation][np.ix_(one.rows, one.columns)] = own
-        if self.n_permutations == 1:
-            return np.asarray(parts[0])
-        with np.errstate(divide="ignore"):
-            return np.asarray(logsumexp(parts, axis=0) - np.log(self.n_permutations))
+            part[np.ix_(one.rows, one.columns)] = own
+        return part
 
     def asked(self, texts: Sequence[str]) -> Iterator[tuple[int, Asked]]:
         """Yield the prompts' episodes, each with the number of its order of options."""
-        encode = self.model.backbone.encoder.encode
-        whole = [] if self.retrieves else [i for i, text in enumerate(texts) if len(encode(text)) <= self._whole_room]
-        others = sorted(set(range(len(texts))) - set(whole))
+        first = self._first_order(texts)
+        for permutation in range(self.orders):
+            for one in first:
+                yield permutation, self._ordered(one, permutation)
+
+    def _first_order(self, texts: Sequence[str]) -> list[Asked]:
+        whole, others = self._split(texts)
         chosen = [one._replace(rows=[others[i] for i in one.rows]) for one in self._chosen([texts[i] for i in others])]
         if whole:
             episode = replace(self.whole, queries=tuple(Query(texts[i]) for i in whole))
             chosen.insert(0, Asked(whole, episode, list(range(len(self.whole.options)))))
-        for permutation in range(self.n_permutations):
-            for one in chosen:
-                yield permutation, self._ordered(one, permutation)
+        return chosen
+
+    def _split(self, texts: Sequence[str]) -> tuple[list[int], list[int]]:
+        """Return which texts are asked beside every label and demonstration, and which have a chosen prompt."""
+        encode = self.model.backbone.encoder.encode
+        whole = [] if self.retrieves else [i for i, text in enumerate(texts) if len(encode(text)) <= self._whole_room]
+        return whole, sorted(set(range(len(texts))) - set(whole))
 
     def _ordered(self, one: Asked, permutation: int) -> Asked:
         if permutation == 0:
@@ -161,16 +181,16 @@ class Asker:
         return Asked(one.rows, reorder(one.episode, order), [one.columns[i] for i in order], opinion)
 
     def recall(self, texts: Sequence[str], answers: Sequence[int]) -> float:
-        """Return the share of texts whose right label the retriever puts among the options; 1 where all are shown.
+        """Return the share of texts whose right label is among their prompts' options; 1 where all are shown.
 
         Args:
             texts: the texts.
             answers: the index of each text's right label.
         """
-        if not self.retrieves or not texts:
-            return 1.0
-        offered = [answer in one.columns for one, answer in zip(self._chosen(texts), answers, strict=True)]
-        return float(np.mean(offered))
+        _, others = self._split(texts)
+        chosen = self._chosen([texts[i] for i in others])
+        missed = sum(answers[i] not in one.columns for i, one in zip(others, chosen, strict=True))
+        return 1 - missed / len(texts) if texts else 1.0
 
     @cached_property
     def _stored(self) -> tuple[list[str], NDArray[np.intp]]:

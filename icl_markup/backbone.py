@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
+from threading import RLock
 from typing import Any, Literal
 
 import torch
@@ -48,6 +49,7 @@ class Backbone:
         layout: what stands around a prompt.
         embedding: the module whose calls turn ids into vectors; in a sequence-to-sequence model the encoder's.
         max_length: the longest prompt in tokens.
+        lock: held while the model runs: for that time its head and its embedding are not its own.
         local_layers: how many lower layers read a prompt segment by segment (`icl_markup.segments`); 0: none. Where
             there are any, queries in one prompt do not see each other.
 
@@ -68,6 +70,7 @@ class Backbone:
         max_length: int | None = None,
     ):
         self.model = model.eval().requires_grad_(False)
+        self.lock = RLock()
         self.tokenizer = tokenizer
         self.kind: Kind = kind
         self.name = name or str(getattr(model, "name_or_path", ""))
@@ -111,6 +114,12 @@ class Backbone:
         if loaded.config.gradient_checkpointing:
             checkpoint_gradients(loaded.model)
         return backbone
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, lock=RLock())
 
     @property
     def device(self) -> torch.device:
@@ -197,7 +206,7 @@ class Backbone:
         """
         body = self.model.get_encoder() if self.kind == "seq2seq" else self.model.base_model
         inputs = {"input_ids": input_ids.to(self.device), "attention_mask": attention_mask.to(self.device)}
-        with self.autocast():
+        with self.lock, self.autocast():
             found = body(**inputs, output_hidden_states=bool(self.local_layers))
         states: Tensor = found.hidden_states[self.local_layers] if self.local_layers else found.last_hidden_state
         return states
@@ -218,7 +227,7 @@ class Backbone:
             inputs["decoder_input_ids"] = self._decoder_ids(batch)
         if self.kind != "masked":
             inputs["use_cache"] = False
-        with self._segments(batch) as reading:
+        with self.lock, self._segments(batch) as reading:
             hidden = self.hidden_states({**inputs, **reading.inputs}, table)
         rows = batch.rows.to(self.device)
         return hidden[rows, reading.positions(rows, batch.positions.to(self.device))]
@@ -226,7 +235,7 @@ class Backbone:
     def hidden_states(self, inputs: Mapping[str, Any], table: TagTable | None = None) -> Tensor:
         """Run the model on its own keyword arguments; return what its head is given, (rows, length, hidden width)."""
         tags = substituted(self.embedding, table) if table is not None else nullcontext()
-        with tags, self._head_bypassed() as kept, self.autocast():
+        with self.lock, tags, self._head_bypassed() as kept, self.autocast():
             self.model(**inputs)
         return kept[0]
 

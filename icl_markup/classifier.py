@@ -31,6 +31,7 @@ from icl_markup.episodes import Demo, Option
 from icl_markup.errors import ConfigError, PromptError, nearest
 from icl_markup.loading import BackboneConfig
 from icl_markup.model import MarkupModel
+from icl_markup.prefixes import MOST_BYTES
 from icl_markup.prompt import Prompt
 from icl_markup.retrievers import Retriever, retriever_named
 from icl_markup.shared import load_shared
@@ -41,7 +42,7 @@ Floats = NDArray[np.float64]
 CHUNK = 256
 """Texts that are asked together: memory does not grow with the number of texts."""
 
-_LATER = ("threshold", "batch_tokens", "device")
+_LATER = ("threshold", "batch_tokens", "cache_bytes")
 """Parameters that may be changed after `fit`."""
 
 UNSURE = 0.5
@@ -62,7 +63,7 @@ class MarkupClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         descriptions: longer descriptions of labels, by label; used by templates with ``{description}``.
         task_description: for templates with the field ``{task}``.
         none_of_the_above: None: every text gets a label; ``option``: the last option of every prompt; ``threshold``:
-            the answer where no label is likely enough. In both cases "none of the above" is the last of `classes_`.
+            the answer where no label is likely enough. In both cases "none of the above" is one of `classes_`.
         threshold: a text is rejected if its out-of-scope score lies above this: with ``option``, the log-probability of
             "none of the above" minus the best label's (default 0); with ``threshold``, minus the best label's
             log-probability (default log 2).
@@ -80,12 +81,16 @@ class MarkupClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         n_permutations: orders of the options over which probabilities are averaged, against position bias.
         most_tokens: a text with more tokens is cut to so many.
         batch_tokens: the most tokens of one forward pass, padding included.
+        cache_bytes: the most bytes of keys and values of prompts' beginnings that a causal backbone keeps for later
+            calls, those of all classifiers on the same tags together.
         device: ``auto``, ``cpu``, ``cuda`` …
         random_state: seeds the orders of options, and untrained tags.
 
     Attributes:
-        classes_: the labels, sorted; "none of the above" last where it can be answered; shape (classes,).
-        texts_, labels_: the demonstrations and the position of each one's label in `classes_`.
+        classes_: the labels, and "none of the above" where it can be answered, sorted, as scikit-learn's scorers take
+            for granted; shape (classes,).
+        texts_: the texts of the demonstrations.
+        labels_: the position of each one's label in `labels()`.
         calibration_: what `calibrate` learnt.
     """
 
@@ -108,6 +113,7 @@ class MarkupClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         n_permutations: int = 1,
         most_tokens: int = 256,
         batch_tokens: int = 4096,
+        cache_bytes: int = MOST_BYTES,
         device: str = "auto",
         random_state: int = 0,
     ):
@@ -127,6 +133,7 @@ class MarkupClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.n_permutations = n_permutations
         self.most_tokens = most_tokens
         self.batch_tokens = batch_tokens
+        self.cache_bytes = cache_bytes
         self.device = device
         self.random_state = random_state
 
@@ -340,10 +347,11 @@ class MarkupClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self, texts: list[str], labels: list[Any], others: Iterable[Any], calibration: Calibration
     ) -> MarkupClassifier:
         classes = distinct_classes([*labels, *others], self.none_of_the_above is not None)
-        check_described(self.descriptions, classes.tolist())
-        position = {label: i for i, label in enumerate(classes)}
+        inside = self._inside(classes)
+        check_described(self.descriptions, inside)
+        position = {label: i for i, label in enumerate(inside)}
         demos = [position[label] for label in labels]
-        asker = self._new_asker(classes, texts, demos)
+        asker = self._new_asker(inside, texts, demos)
         asker.check()
         self.classes_ = classes
         self.texts_ = texts
@@ -355,12 +363,18 @@ class MarkupClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def _settings(self) -> dict[str, Any]:
         """Return the parameters that what was fitted depends on."""
-        return {name: value for name, value in self.get_params(deep=False).items() if name not in _LATER}
+        found = {name: value for name, value in self.get_params(deep=False).items() if name not in _LATER}
+        if "descriptions" in found:  # a mapping may be changed in place
+            found["descriptions"] = dict(found["descriptions"] or {})
+        return found
 
-    def _new_asker(self, classes: NDArray[Any], texts: Sequence[str], answers: Sequence[int]) -> Asker:
+    def _inside(self, classes: NDArray[Any]) -> list[Any]:
+        """Return the labels among the classes: all but "none of the above", where that can be answered."""
+        return [label for label in classes.tolist() if self.none_of_the_above is None or label != NONE_OF_THE_ABOVE]
+
+    def _new_asker(self, inside: Sequence[Any], texts: Sequence[str], answers: Sequence[int]) -> Asker:
         model = self._load()
         descriptions = dict(self.descriptions or {})
-        inside = classes[: len(classes) - (self.none_of_the_above is not None)].tolist()
         weight = self.retriever_weight
         if weight == "auto":
             weight = 1.0 if self.retriever in ("backbone", "embedding") else 0.0
@@ -377,7 +391,6 @@ class MarkupClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             n_permutations=self.n_permutations,
             contextual=self.calibration == "contextual",
             seed=self.random_state,
-            batch_tokens=self.batch_tokens,
             task_description=self.task_description,
         )
 
@@ -399,7 +412,7 @@ class MarkupClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def _asker_(self) -> Asker:
         if getattr(self, "_asker", None) is None:  # unpickled
-            self._asker = self._new_asker(self.classes_, self.texts_, self.labels_)
+            self._asker = self._new_asker(self.labels(), self.texts_, self.labels_)
         return self._asker
 
     def _fitted(self, but: Sequence[str] = ()) -> None:
@@ -412,7 +425,7 @@ class MarkupClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def labels(self) -> list[Any]:
         """Return the labels without "none of the above"."""
-        return list(self.classes_[: len(self.classes_) - (self.none_of_the_above is not None)].tolist())
+        return self._inside(self.classes_)
 
     def _names(self) -> list[str]:
         return [option.name for option in self._asker_().whole.options]
@@ -425,15 +438,19 @@ class MarkupClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     def _raw(self, texts: Sequence[str]) -> Floats:
         asker = self._asker_()
         chunks = (self._cut(texts[i : i + CHUNK], asker.model, asker) for i in range(0, len(texts), CHUNK))
-        parts = [asker.log_probs(chunk) for chunk in chunks]
+        asker.model.prefixes.most_bytes = self.cache_bytes
+        parts = [asker.log_probs(chunk, self.batch_tokens) for chunk in chunks]
         return np.concatenate(parts) if parts else np.empty((0, len(self._names())))
 
     def _log_probs(self, X: ArrayLike) -> Floats:
         self._fitted()
         scores = self.calibration_.applied(self._raw(checked_texts(X, "X")), self._names())
         threshold = self.threshold if self.threshold is not None else self.calibration_.threshold
+        if self.none_of_the_above is None:
+            return scores
         if self.none_of_the_above == "option":
-            return shifted(scores, 0.0 if threshold is None else threshold)
-        if self.none_of_the_above == "threshold":
-            return with_rejection(scores, -np.log(UNSURE) if threshold is None else threshold)
-        return scores
+            scores = shifted(scores, 0.0 if threshold is None else threshold)
+        else:
+            scores = with_rejection(scores, -np.log(UNSURE) if threshold is None else threshold)
+        place = self.classes_.tolist().index(NONE_OF_THE_ABOVE)
+        return np.insert(scores[:, :-1], place, scores[:, -1], axis=1)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,13 @@ _CHOICES = {
     "none_of_the_above": (None, "option", "threshold"),
     "calibration": ("none", "contextual", "batch"),
 }
-_LEAST = {"options": 2, "demos": 1, "n_permutations": 1, "most_tokens": 1, "batch_tokens": 1}
+_LEAST = {"options": 2, "demos": 1, "n_permutations": 1, "most_tokens": 1, "batch_tokens": 1, "cache_bytes": 0}
+
+MOST_ORDERS = 1000
+"""More orders of the options than this are a slip: each one costs all prompts once more."""
+
+LONGEST_LABEL = 10_000
+"""Characters of the longest label; an array of labels takes as much for each of them."""
 
 
 def check_parameters(classifier: Any) -> None:
@@ -38,6 +46,12 @@ def check_parameters(classifier: Any) -> None:
         value = getattr(classifier, name)
         if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
             raise ConfigError(f"{name}: {value!r} is not a whole number of at least {least}")
+    if classifier.n_permutations > MOST_ORDERS:
+        raise ConfigError(f"n_permutations: {classifier.n_permutations} is more than {MOST_ORDERS}")
+    if not isinstance(classifier.template, (str, Path, NoneType)):
+        raise ConfigError(f"template: {_shown(classifier.template)}; give a name or a path")
+    if not isinstance(classifier.task_description, str) or not is_encodable(classifier.task_description):
+        raise ConfigError(f"task_description: {_shown(classifier.task_description)} is no text")
     if not isinstance(classifier.random_state, (int, np.integer)):
         raise ConfigError(f"random_state: {classifier.random_state!r} is not a whole number")
     _check_descriptions(classifier.descriptions)
@@ -145,7 +159,7 @@ def checked_labels(y: Any, count: int | None, name: str) -> list[Any]:
 
 
 def distinct_classes(labels: Sequence[Any], with_none: bool) -> NDArray[Any]:
-    """Return the distinct labels, sorted, with "none of the above" at the end where it can be answered.
+    """Return the distinct labels, sorted, and "none of the above" among them where it can be answered.
 
     Raises:
         PromptError: labels are of several types, two are written alike, or one is "none of the above"; or they are no
@@ -163,6 +177,8 @@ def distinct_classes(labels: Sequence[Any], with_none: bool) -> NDArray[Any]:
     written: dict[str, Any] = {}
     for label in distinct:
         text = shown_name(label)
+        if len(text) > LONGEST_LABEL:
+            raise PromptError(f"label {text[:40]!r}… has {len(text):,} characters, of at most {LONGEST_LABEL:,}")
         if text in written:
             raise PromptError(f"labels {written[text]!r} and {label!r} are written alike; rename one")
         written[text] = label
@@ -171,7 +187,7 @@ def distinct_classes(labels: Sequence[Any], with_none: bool) -> NDArray[Any]:
                 f"label {label!r} has a meaning of its own: leave such texts out of the demonstrations, set "
                 "none_of_the_above, and give them to calibrate"
             )
-    return np.array([*distinct, *([NONE_OF_THE_ABOVE] if with_none else [])])
+    return np.array(sorted([*distinct, *([NONE_OF_THE_ABOVE] if with_none else [])]))
 
 
 def shown_name(label: Any) -> str:

@@ -151,6 +151,8 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--calibration", choices=["none", "contextual", "batch"], default="none")
     parser.add_argument("--retriever", choices=["backbone", "bm25", "embedding"], default="backbone")
     parser.add_argument("--permutations", type=int, default=1, help="orders of the options to average over")
+    parser.add_argument("--cache-mib", type=int, default=1024, help="MiB of what prompts of a causal backbone begin "
+                        "with, kept for later calls (default: 1024)")  # fmt: skip
     parser.add_argument("--batch-tokens", type=int, help="most tokens of one forward pass")
 
 

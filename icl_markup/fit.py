@@ -39,6 +39,7 @@ def fit_files(args: argparse.Namespace) -> Iterator[str]:
         calibration=args.calibration,
         retriever=args.retriever,
         n_permutations=args.permutations,
+        cache_bytes=args.cache_mib * 2**20,
         **({} if args.batch_tokens is None else {"batch_tokens": args.batch_tokens}),
         device=args.device,
     )

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, Literal
 
 from icl_markup.answers import OptionSymbols
-from icl_markup.episodes import Episode, Query
+from icl_markup.episodes import Demo, Episode, Option, Query
 from icl_markup.errors import PromptError
 from icl_markup.layout import Layout
 from icl_markup.prompt import Piece, Prompt, Slot
@@ -23,6 +24,9 @@ from icl_markup.template import Node, Template
 from icl_markup.text import TextEncoder, is_encodable
 
 Answers = Literal["symbols", "names"]
+LONGEST_KEPT = 4096
+"""The ids of texts of at most so many characters are kept for prompts to come, those of some thousand texts."""
+
 SHORTEST_DEMO = 8
 """Demonstrations are shortened to no fewer tokens than this before any of them is dropped."""
 
@@ -66,18 +70,22 @@ class Markup:
         self._tag_ids = {tag.name: tuple(table.ids(tag.name)) for tag in template.tags} if table else {}
         self._symbols = OptionSymbols.find(encoder) if template.shows_symbols else None
         self._spaced_text = _has_space_before(template.demo, Node("field", "text"))
-        self._encode = self._cached()
+        self._cache()
 
-    def _cached(self) -> Callable[[str], tuple[int, ...]]:
+    def _cache(self) -> None:
         encode = self.encoder.encode
-        return lru_cache(maxsize=4096)(lambda text: tuple(encode(text)))
+        short = lru_cache(maxsize=4096)(lambda text: tuple(encode(text)))
+        self._encode: Callable[[str], tuple[int, ...]] = lambda text: (
+            short(text) if len(text) <= LONGEST_KEPT else tuple(encode(text))
+        )
+        self._opening = lru_cache(maxsize=8)(self._opened)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key != "_encode"}
+        return {key: value for key, value in vars(self).items() if key not in ("_encode", "_opening")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._encode = self._cached()
+        self._cache()
 
     def compose(self, episode: Episode) -> Prompt:
         """Compose one prompt that holds every query of `episode`.
@@ -91,11 +99,11 @@ class Markup:
                 symbols, or the prompt does not fit even without demonstrations.
         """
         self.check(episode)
-        texts = [self._text_ids(demo.text) for demo in episode.demos]
-        prompt = self._assemble(episode, [None] * len(texts))
+        prompt = self._assemble(episode, [None] * len(episode.demos))
         limit = self.max_length - self._reserve(episode, prompt)
         if len(prompt.ids) <= limit:
             return prompt
+        texts = [self._text_ids(demo.text) for demo in episode.demos]
         fixed = len(prompt.ids) - sum(map(len, texts))
         overhead = self._demo_overhead(episode)
         kept = list(range(len(texts)))
@@ -166,20 +174,11 @@ class Markup:
             raise PromptError("an episode without a query has nothing to ask")
         if len(episode.queries) > 1 and not self.layout.many_queries:
             raise PromptError(f"a {self.layout.kind} backbone takes one query a prompt; use compose_each")
-        for place, text in [
-            *((f"query {i}", q.text) for i, q in enumerate(episode.queries)),
-            *((f"demonstration {i}", d.text) for i, d in enumerate(episode.demos)),
-            *((f"option {i}", o.name) for i, o in enumerate(episode.options)),
-        ]:
-            if not text.strip():
-                raise PromptError(f"{place} has an empty text")
-            if not is_encodable(text):
-                raise PromptError(f"{place} holds half of a surrogate pair, which is no text; remove it")
+        for i, query in enumerate(episode.queries):
+            _check_text(f"query {i}", query.text)
         if self.answers == "symbols":
             self.option_symbols(len(episode.options))
-        for i, demo in enumerate(episode.demos):
-            if not 0 <= demo.answer < len(episode.options):
-                raise PromptError(f"demonstration {i} answers option {demo.answer} of {len(episode.options)}")
+        _check_shown(episode.options, episode.demos)
 
     def _reserve(self, episode: Episode, prompt: Prompt) -> int:
         """Return the room to keep for a whole name: it takes the slot's place (masked) or follows it (causal)."""
@@ -200,18 +199,26 @@ class Markup:
             overhead.append(alone - bare - len(self._text_ids(demo.text)))
         return overhead
 
-    def _assemble(self, episode: Episode, caps: Sequence[int | None]) -> Prompt:
-        out = _Assembly(self, episode)
+    def _opened(
+        self, options: tuple[Option, ...], demos: tuple[Demo, ...], caps: tuple[int | None, ...], task: str
+    ) -> _Assembly:
+        """Write what stands before the queries; prompts of the same options and demonstrations have it in common."""
+        out = _Assembly(self, options)
         template = self.template
-        out.section(template.head, {"task": episode.task_description})
-        for i, option in enumerate(episode.options):
+        out.section(template.head, {"task": task})
+        for i, option in enumerate(options):
             out.begin(i + 1)
             out.section(
                 template.option, {"name": option.name, "description": option.description or option.name}, option=i
             )
-        for demo, cap in zip(episode.demos, caps, strict=True):
+        for demo, cap in zip(demos, caps, strict=True):
             out.begin(out.segment + 1)
             out.section(template.demo, {"text": demo.text}, option=demo.answer, cap=cap)
+        return out
+
+    def _assemble(self, episode: Episode, caps: Sequence[int | None]) -> Prompt:
+        out = self._opening(episode.options, episode.demos, tuple(caps), episode.task_description).copied()
+        template = self.template
         for number, query in enumerate(episode.queries, start=1):
             out.begin(-number)
             out.section(template.query, {"text": query.text}, query=query)
@@ -220,6 +227,24 @@ class Markup:
         if not self.layout.stops_at_slot:
             out.section(template.tail, {"task": episode.task_description})
         return out.finish()
+
+
+def _check_text(place: str, text: str) -> None:
+    if not text.strip():
+        raise PromptError(f"{place} has an empty text")
+    if not is_encodable(text):
+        raise PromptError(f"{place} holds half of a surrogate pair, which is no text; remove it")
+
+
+@lru_cache(maxsize=8)
+def _check_shown(options: tuple[Option, ...], demos: tuple[Demo, ...]) -> None:
+    """Check what many queries' prompts have in common, once."""
+    for i, demo in enumerate(demos):
+        _check_text(f"demonstration {i}", demo.text)
+        if not 0 <= demo.answer < len(options):
+            raise PromptError(f"demonstration {i} answers option {demo.answer} of {len(options)}")
+    for i, option in enumerate(options):
+        _check_text(f"option {i}", option.name)
 
 
 def _has_space_before(nodes: Sequence[Node], field: Node) -> bool:
@@ -248,9 +273,9 @@ def _next_to_drop(episode: Episode, kept: list[int]) -> int:
 class _Assembly:
     """A prompt in the making."""
 
-    def __init__(self, markup: Markup, episode: Episode):
+    def __init__(self, markup: Markup, options: Sequence[Option]):
         self.markup = markup
-        self.episode = episode
+        self.options = options
         self.pieces: list[Piece] = []
         self.slots: list[Slot] = []
         self.length = 0
@@ -258,6 +283,12 @@ class _Assembly:
         self.space = False
         self.stopped = False
         self._add("special", markup.layout.prefix)
+
+    def copied(self) -> _Assembly:
+        """Return a copy, which is continued by itself."""
+        other = copy(self)
+        other.pieces, other.slots = list(self.pieces), list(self.slots)
+        return other
 
     def _add(self, kind: str, ids: Sequence[int]) -> None:
         if ids:
@@ -331,9 +362,9 @@ class _Assembly:
         if option is None:
             raise PromptError("a demonstration has no answer")
         if self.markup.answers == "names":
-            self._value(self.episode.options[option].name, None)
+            self._value(self.options[option].name, None)
             return
-        candidates = self.markup.option_symbols(len(self.episode.options))
+        candidates = self.markup.option_symbols(len(self.options))
         self._symbol(candidates[option])
         if self.markup.layout.kind == "causal":
             self.slots.append(Slot(self.length - 2, candidates, option, is_query=False))
@@ -341,7 +372,7 @@ class _Assembly:
     def _slot(self, query: Query) -> None:
         layout = self.markup.layout
         names, spaced = self.markup.answers == "names", self.space
-        candidates = () if names else self.markup.option_symbols(len(self.episode.options))
+        candidates = () if names else self.markup.option_symbols(len(self.options))
         if not names:
             self._space_before_symbol()
         self.space = False

@@ -186,7 +186,8 @@ class MarkupModel:
         for named in sorted(set(many)):
             markup = self._markup_for("names") if named else self.markup
             part = [episode for episode, is_named in zip(episodes, many, strict=True) if is_named == named]
-            found[named] = iter(score_queries(self, markup, part, batch_tokens))
+            with self.backbone.lock:  # what is kept of prefixes is one thread's at a time, too
+                found[named] = iter(score_queries(self, markup, part, batch_tokens))
         return [next(found[named]) for named in many]
 
     def classify(

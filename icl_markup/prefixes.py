@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from icl_markup.tags import TagTable
 if TYPE_CHECKING:
     from icl_markup.backbone import Backbone
 
+_LOG = logging.getLogger(__name__)
 MOST_BYTES = 2**30
 MOST_ENTRIES = 256
 """The most prefixes that are kept, however small: every one is compared with where none begins a prompt whole."""
@@ -28,12 +30,14 @@ class Counts:
         misses: prefixes that were asked for, and a part of which or all had to be computed.
         computed: tokens of prefixes that were computed.
         reused: tokens that prompts began with and that were not computed for them.
+        refused: prefixes that were too large to be kept.
     """
 
     hits: int = 0
     misses: int = 0
     computed: int = 0
     reused: int = 0
+    refused: int = 0
 
 
 class PrefixCache:
@@ -103,8 +107,17 @@ class PrefixCache:
         return self._entries[key].head(length)
 
     def keep(self, prefix: Prefix) -> None:
-        """Keep a prefix, and drop others to make room; one that is larger than all room is not kept."""
-        if prefix.bytes > self.most_bytes or prefix.ids in self._entries:
+        """Keep a prefix, and drop others to make room; one that is larger than all room is refused, which is logged."""
+        if prefix.ids in self._entries:
+            return
+        if prefix.bytes > self.most_bytes:
+            if self.most_bytes and not self.counts.refused:
+                _LOG.warning(
+                    "the %d tokens that prompts begin with take %d MiB of keys and values, more than the %d MiB that "
+                    "are kept, and are computed in every call; raise cache_bytes (fit --cache-mib)",
+                    len(prefix.ids), prefix.bytes >> 20, self.most_bytes >> 20,
+                )  # fmt: skip
+            self.counts.refused += 1
             return
         self._entries[prefix.ids] = prefix
         self._bytes += prefix.bytes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import NamedTuple
 
 
@@ -51,7 +52,7 @@ class Prompt:
     @cached_property
     def ids(self) -> tuple[int, ...]:
         """All ids, tags' ids among them (those lie beyond the vocabulary's rows)."""
-        return tuple(i for piece in self.pieces for i in piece.ids)
+        return tuple(chain.from_iterable(piece.ids for piece in self.pieces))
 
     @cached_property
     def segments(self) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Callable, Sequence
+from threading import RLock
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -23,6 +24,10 @@ from icl_markup.sentences import MINILM, SentenceEncoder, shared_encoder
 Floats = NDArray[np.float32]
 Known = Literal["backbone", "bm25", "embedding"]
 KNOWN: tuple[Known, ...] = ("backbone", "bm25", "embedding")
+
+
+_LOCK = RLock()
+"""Held while a sentence encoder runs: its tokenizer is one thread's at a time."""
 
 
 class Retriever(Protocol):
@@ -82,7 +87,8 @@ class EmbeddingRetriever:
 
     def __call__(self, queries: Sequence[str], texts: Sequence[str]) -> Floats:
         """Return cosines of shape (queries, texts)."""
-        return self.encoder.compute(queries) @ self._stored(tuple(texts)).T
+        with _LOCK:
+            return self.encoder.compute(queries) @ self._stored(tuple(texts)).T
 
     def _computed(self, texts: Sequence[str]) -> Floats:
         return self.encoder.compute(texts)
@@ -114,8 +120,9 @@ class BackboneRetriever(EmbeddingRetriever):
 
     def __call__(self, queries: Sequence[str], texts: Sequence[str]) -> Floats:
         """Return cosines of shape (queries, texts)."""
-        stored = self._stored(tuple(texts))
-        return _unit(self._states(queries) - self._mean) @ stored.T
+        with self.backbone.lock:
+            stored = self._stored(tuple(texts))
+            return _unit(self._states(queries) - self._mean) @ stored.T
 
     def _stored(self, texts: tuple[str, ...]) -> Floats:
         if self._kept is None or self._kept[0] != texts:
