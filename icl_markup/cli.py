@@ -123,10 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     add_tag_commands(commands)
 
     quickstart = commands.add_parser("quickstart", help="warm up and measure on the embedded default")
-    quickstart.add_argument("--output", default="runs/quickstart", help="the folder for the run")
-    quickstart.add_argument("--episodes", type=int, default=80, help="episodes an unseen task")
-    quickstart.add_argument("--steps", type=int, help="warm-up steps, instead of the default's")
-    quickstart.add_argument("--rows", help="a JSONL file to append the rows of the table to")
+    _add_quickstart(quickstart)
     quickstart.set_defaults(run=_quickstart)
     return parser
 
@@ -170,6 +167,13 @@ def _add_episode(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--demo", nargs=2, action="append", default=[], metavar=("TEXT", "LABEL"),
                         help="a demonstration; may be given several times")  # fmt: skip
     parser.add_argument("--none-of-the-above", action="store_true", help="offer that as the last option")
+
+
+def _add_quickstart(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", default="runs/quickstart", help="the folder for the run")
+    parser.add_argument("--episodes", type=int, default=80, help="episodes an unseen task")
+    parser.add_argument("--steps", type=int, help="warm-up steps, instead of the default's")
+    parser.add_argument("--rows", help="a JSONL file to append the rows of the table to")
 
 
 def _warmup(args: argparse.Namespace, overrides: list[str]) -> None:

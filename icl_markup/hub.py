@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import constants, errors, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -33,6 +33,15 @@ LIBRARY = "icl-markup"
 
 TRANSPORT: type[Exception] = cast(Any, HfHubHTTPError.__bases__[0])
 """The base of the HTTP client's errors; which client that is depends on the version of huggingface_hub."""
+
+HUB_ERRORS: tuple[type[Exception], ...] = (
+    HfHubHTTPError,
+    TRANSPORT,
+    OSError,
+    RuntimeError,  # of hf_xet, which moves large files
+    getattr(errors, "XetDownloadError", OSError),
+)
+"""What goes wrong between a caller and the hub."""
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _LOG_IN = "log in (`hf auth login`) or set HF_TOKEN"
@@ -84,7 +93,7 @@ def locate(tags: str | Path, revision: str | None = None, token: str | None = No
         snapshot = Path(
             snapshot_download(name, revision=revision, allow_patterns=list(FILES), token=token, library_name=LIBRARY)
         )
-    except (HfHubHTTPError, LocalEntryNotFoundError, TRANSPORT, OSError) as error:
+    except HUB_ERRORS as error:
         known = "" if revision else "no such folder here, and "
         raise TagFileError(f"{shown}: {known}{explain(error, name, revision)}") from error
     commit = snapshot.name

@@ -10,12 +10,11 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi
-from huggingface_hub.errors import HfHubHTTPError
 
 from icl_markup.card import PLACE, backbone_name
 from icl_markup.embedded import NAME as EMBEDDED
 from icl_markup.errors import ConfigError, TagFileError
-from icl_markup.hub import CARD, LIBRARY, TRANSPORT, explain, is_hub_name
+from icl_markup.hub import CARD, HUB_ERRORS, LIBRARY, explain, is_hub_name
 from icl_markup.report_rows import parse_row
 from icl_markup.tagfile import TagFile, read_tags
 
@@ -136,7 +135,7 @@ def _asked(doing: str, name: str, revision: str | None = None) -> Iterator[None]
     """Turn what goes wrong between us and the hub into one error."""
     try:
         yield
-    except (HfHubHTTPError, TRANSPORT, OSError) as error:
+    except HUB_ERRORS as error:
         raise TagFileError(f"{doing}: {explain(error, name, revision)}") from error
     except ValueError as error:  # the hub's own check of the front matter
         raise TagFileError(f"{doing}: {' '.join(str(error).split())}") from error

@@ -271,7 +271,8 @@ def read_tags(tags: str | Path, revision: str | None = None, token: str | None =
         raise TagFileError(f"{path}: damaged: holds {found}, but {DETAILS} lists {expected}")
     if result.answers not in ("symbols", "names"):
         raise TagFileError(f"{folder / DETAILS}: damaged: answers is {result.answers!r}")
-    return result
+    # safetensors gives them in an order of its own, another one each time.
+    return replace(result, vectors={tag.name: result.vectors[tag.name] for tag in result.template.tags})
 
 
 def load_model(tags: str | Path | TagFile, backbone: Backbone | BackboneConfig | None = None) -> MarkupModel:
