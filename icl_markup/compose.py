@@ -114,7 +114,7 @@ def average(
     given = [1.0] * len(files) if weights is None else [float(weight) for weight in weights]
     if len(given) != len(files):
         raise TagFileError(f"average: {len(given)} weights for {len(files)} tag files; give one a file")
-    if any(not math.isfinite(w) or w < 0 for w in given) or (files and not sum(given)):
+    if any(not math.isfinite(w) or w < 0 for w in given) or (files and not 0 < sum(given) < math.inf):
         raise TagFileError(f"average: weights {given}: give numbers of at least 0, and one above it")
     return _mixed("average", files, [weight / sum(given) for weight in given], template, answers)
 
@@ -211,6 +211,9 @@ def _mixed(
         name: torch.stack([weight * file.vectors[name].double() for file, weight in parts]).sum(0).float()
         for name in first.vectors
     }
+    for name, rows in vectors.items():
+        if not rows.isfinite().all():
+            raise TagFileError(f"{operation}: tag {name} gets values that are not finite; take smaller weights")
     given = None if template is None else _loaded(template)
     chosen = _only_template([file.template for file in files], vectors) if given is None else given
     if given is not None:

@@ -96,7 +96,10 @@ def _by_file(given: Any, keys: Sequence[str], read: Sequence[TagFile], option: s
             return [[name for name in given if name in file.vectors] for file in read]
         return [{old: new for old, new in given.items() if old in file.vectors} for file in read]
     by_key = {str(key): value for key, value in given.items()}
-    for key in by_key:
+    wanted: type = dict if option == "rename" else list
+    for key, value in by_key.items():
+        if isinstance(value, str) or isinstance(value, Mapping) != (wanted is dict):
+            raise TagFileError(f"{option}: {key}: give a {wanted.__name__} of tag names, not {value!r}")
         if key not in keys:
             raise TagFileError(f"{option}: {key!r} is not one of the tag files {', '.join(keys)}{nearest(key, keys)}")
     for key, file in zip(keys, read, strict=True):

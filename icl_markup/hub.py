@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -118,7 +119,8 @@ def is_hub_name(name: str) -> bool:
 
 def explain(error: Exception, name: str, revision: str | None = None) -> str:
     """Return in one line why the hub did not do what it was asked to do, and the remedy."""
-    status = getattr(getattr(error, "response", None), "status_code", None)
+    answers = [getattr(one, "response", None) for one in (error, error.__cause__)]
+    status = next((answer.status_code for answer in answers if answer is not None), None)
     hub = constants.ENDPOINT
     known = (
         (GatedRepoError, f"the hub's repository is gated: accept its conditions at {hub}/{name} and {_LOG_IN}"),
@@ -133,10 +135,12 @@ def explain(error: Exception, name: str, revision: str | None = None) -> str:
             return text
     if status in (401, 403):
         return f"the hub refuses access ({status}): {_LOG_IN} with a token that has the right to do this"
-    if constants.is_offline_mode():
-        return "it is not (or not whole) in the hub's cache, and the hub is switched off: unset HF_HUB_OFFLINE"
+    if isinstance(error, OfflineModeIsEnabled):
+        return "the hub is switched off: unset HF_HUB_OFFLINE"
     if isinstance(error, LocalEntryNotFoundError):
-        return f"it is not (or not whole) in the hub's cache, and {hub} cannot be reached"
+        is_off = constants.is_offline_mode()
+        remedy = "the hub is switched off: unset HF_HUB_OFFLINE" if is_off else f"{hub} cannot be reached"
+        return f"it is not (or not whole) in the hub's cache, and {remedy}"
     lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return f"{hub}: {lines[0].strip()}"
 

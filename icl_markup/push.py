@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -116,7 +117,8 @@ def push_tags(
     content = tags.files()
     text = content[CARD].decode() if card is None else card
     on_branch = revision is not None and revision != "main"
-    content[CARD] = text.replace(PLACE, f'"{repo_id}@{revision}"' if on_branch else f'"{repo_id}"').encode()
+    # JSON's strings are Python's too: no branch's name leaves its quotes.
+    content[CARD] = text.replace(PLACE, json.dumps(f"{repo_id}@{revision}" if on_branch else repo_id)).encode()
     with _asked(f"{repo_id}: not uploaded", repo_id, revision):
         api.create_repo(repo_id, private=private, exist_ok=True)
         if revision is not None and on_branch:
@@ -164,7 +166,7 @@ def _backbone(name: str, given: str, api: HfApi) -> dict[str, Any]:
                 revision = api.model_info(name).sha or ""
         return {"name": name, "revision": revision}
     local = name != EMBEDDED and (
-        Path(name).is_absolute() or PureWindowsPath(name).is_absolute() or Path(name).is_dir() or name[:1] in (".", "~")
+        Path(name).is_dir() or PureWindowsPath(name).is_absolute() or ("/" in name and not is_hub_name(name))
     )
     if local:
         raise TagFileError(

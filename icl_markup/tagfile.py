@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -298,7 +299,8 @@ def load_model(tags: str | Path | TagFile, backbone: Backbone | BackboneConfig |
 def _short(folder: Path) -> str:
     """Return how a folder is called in files that travel: without most of the path, which tells of a machine."""
     parts = [part for part in folder.parts if part not in (folder.anchor, ".", "..")]
-    return "/".join(parts[-1:] if folder.parent in (Path.home(), Path(folder.anchor)) else parts[-2:]) or "tags"
+    home = os.path.expanduser("~")  # noqa: PTH111  (where there is no home, Path raises)
+    return "/".join(parts[-1:] if str(folder.parent) == home else parts[-2:]) or "tags"
 
 
 def _read_details(path: Path) -> dict[str, Any]:

@@ -169,10 +169,13 @@ def test_what_cannot_be_averaged_names_the_folders(files: Three, bert: Backbone)
         ([1.0], "1 weights for 2"),
         ([0, 0], "one above it"),
         ([1, -1], "at least 0"),
+        ([1e308, 1e308], "at least 0"),
         ([1, float("nan")], "at least 0"),
     ):
         with pytest.raises(TagFileError, match=message):
             average([a, b], weights)
+    with pytest.raises(TagFileError, match="gets values that are not finite"):
+        interpolate(a, b, 1e300)
     with pytest.raises(TagFileError, match="t is inf"):
         interpolate(a, b, float("inf"))
     with pytest.raises(TagFileError, match="between two tag files; 3 are given"):
@@ -200,6 +203,8 @@ def test_tags_of_other_backbones_or_answers_are_refused_by_name(files: Three) ->
         ({"only": {"a": ["<say>"]}}, "only: a has no tag <say>"),
         ({"only": {"a": []}}, "select names no tag"),
         ({"only": "<demo>"}, "only is one string"),
+        ({"only": {"a": "<demo>"}}, "only: a: give a list of tag names, not '<demo>'"),
+        ({"rename": {"a": {"<demo>": "<d>"}, "c": "<x>"}}, "rename: c: give a dict of tag names, not '<x>'"),
         ({"only": ["<nowhere>"]}, "none of the tag files has <nowhere>"),
         ({"rename": {"<nowhere>": "<x>"}}, "none of the tag files has <nowhere>"),
         ({"rename": {"a": {"<say>": "<x>"}}}, "rename: a has no tag <say>"),

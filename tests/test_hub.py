@@ -81,6 +81,8 @@ def test_a_pinned_commit_stays_what_it_was_and_needs_no_hub_afterwards(
         read_tags("user/tags@v9")
     with pytest.raises(TagFileError, match="user/others: no such folder here, and it is not"):
         read_tags("user/others")
+    with pytest.raises(TagFileError, match="user/tags: not uploaded: the hub is switched off: unset HF_HUB_OFFLINE"):
+        first.push_to_hub("user/tags")
 
 
 def test_a_branch_is_made_and_found_by_its_name(hub: HubStandIn) -> None:
@@ -91,6 +93,9 @@ def test_a_branch_is_made_and_found_by_its_name(hub: HubStandIn) -> None:
     wide = read_tags("user/tags", "wide")
     assert torch.equal(wide.vectors["<demo>"], second.table.vectors()["<demo>"])
     assert 'from_pretrained("user/tags@wide")' in (wide.folder / "README.md").read_text()
+    odd = first.push_to_hub("user/tags", revision='b"); import os #')
+    snippet = (read_tags("user/tags", odd.commit).folder / "README.md").read_text().split("```")[1]
+    assert r'from_pretrained("user/tags@b\"); import os #")' in snippet
     second.push_to_hub("user/tags", revision="wide")  # nothing has changed: no error, no second branch
 
 
@@ -193,6 +198,9 @@ def test_pushing_is_refused_before_anything_is_uploaded(hub: HubStandIn, tmp_pat
         model.push_to_hub("user/tags")
     with pytest.raises(TagFileError, match="backbone org/model: its commit was not found: the hub has no such"):
         model.push_to_hub("user/tags", backbone="org/model")
+    model.backbone.name = "runs/models/mine"
+    with pytest.raises(TagFileError, match="by a folder of this machine"):
+        model.push_to_hub("user/tags")
     model.save(tmp_path / "tags")
     path = tmp_path / "tags" / "tags.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"x")
