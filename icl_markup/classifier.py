@@ -35,7 +35,6 @@ from icl_markup.prefixes import MOST_BYTES
 from icl_markup.prompt import Prompt
 from icl_markup.retrievers import Retriever, retriever_named
 from icl_markup.shared import load_shared
-from icl_markup.tagfile import read_tags
 from icl_markup.tasks import NONE_OF_THE_ABOVE
 
 Floats = NDArray[np.float64]
@@ -56,10 +55,11 @@ class MarkupClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     labels that it leaves out have probability 0.
 
     Args:
-        tags: a folder of warmed-up tags, which names its backbone; a `MarkupModel`; or None for the backbone with
-            untrained tags of `template`.
+        tags: warmed-up tags, which name their backbone: a folder, or a name on the hub (``user/tags``, or
+            ``user/tags@revision``, where a commit pins them); a list of them, whose tags are used together; a
+            `MarkupModel`; or None for the backbone with untrained tags of `template`.
         backbone: a transformers folder or hub name; None: the tags' own, or the one embedded in the package.
-        template: the template, where no tags are given.
+        template: the template; None: that of the tags, or ``markup`` where there are none.
         descriptions: longer descriptions of labels, by label; used by templates with ``{description}``.
         task_description: for templates with the field ``{task}``.
         none_of_the_above: None: every text gets a label; ``option``: the last option of every prompt; ``threshold``:
@@ -96,10 +96,10 @@ class MarkupClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def __init__(
         self,
-        tags: str | Path | MarkupModel | None = None,
+        tags: str | Path | Sequence[str | Path] | MarkupModel | None = None,
         *,
         backbone: str | None = None,
-        template: str = "markup",
+        template: str | None = None,
         descriptions: Mapping[Any, str] | None = None,
         task_description: str = "",
         none_of_the_above: Literal["option", "threshold"] | None = None,
@@ -312,12 +312,6 @@ class MarkupClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """Return the model that answers; shared by classifiers with the same tags and backbone."""
         self._fitted()
         return self._asker_().model
-
-    def tags_training(self) -> dict[str, Any]:
-        """Return the summary of the tags' warm-up; empty where it is not known."""
-        if self.tags is None or isinstance(self.tags, MarkupModel):
-            return {}
-        return read_tags(self.tags).training
 
     def _load(self) -> MarkupModel:
         if isinstance(self.tags, MarkupModel):

@@ -16,9 +16,10 @@ import numpy as np
 from icl_markup.backbone import Backbone
 from icl_markup.calibration import Calibration
 from icl_markup.errors import ConfigError, MarkupError, TagFileError
+from icl_markup.folders import replace_folder
 from icl_markup.loading import BackboneConfig
 from icl_markup.model import MarkupModel
-from icl_markup.tagfile import replace_folder, save_model
+from icl_markup.tagfile import save_model
 from icl_markup.tasks import NONE_OF_THE_ABOVE
 from icl_markup.template import Template
 
@@ -64,7 +65,7 @@ def save_classifier(classifier: MarkupClassifier, folder: str | Path) -> Path:
         try:
             files = {FILE: text.encode()}
             if model.table is not None:
-                tags = save_model(model, part / TAGS, classifier.tags_training())
+                tags = save_model(model, part / TAGS)
                 files |= {f"{TAGS}/{file.name}": file.read_bytes() for file in sorted(tags.iterdir())}
             replace_folder(folder, files)
         finally:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from icl_markup.config import describe, load_config
 from icl_markup.errors import MarkupError, PromptError
 from icl_markup.serve import add_arguments as add_serve_arguments
+from icl_markup.tag_commands import add_tag_commands
 
 _FIT = "Make a classifier of labels and examples; nothing is trained. Writes a folder for predict and serve."
 _PREDICT = """Classify texts; writes JSONL. Exit codes: 0 done; 1 done, but some texts have an error instead of an
@@ -114,32 +115,37 @@ def _parser() -> argparse.ArgumentParser:
     show.set_defaults(run=_show)
 
     tags = commands.add_parser("tags", help="inspect a tag folder")
-    tags.add_argument("folder", help="the tag folder")
+    tags.add_argument("folder", help="the tag folder or hub name")
+    tags.add_argument("--revision", help="a commit, tag or branch of the hub")
     tags.add_argument("--nearest", type=int, default=5, help="how many nearest vocabulary tokens to show")
     tags.set_defaults(run=_tags)
 
+    add_tag_commands(commands)
+
     quickstart = commands.add_parser("quickstart", help="warm up and measure on the embedded default")
-    quickstart.add_argument("--output", default="runs/quickstart", help="the folder for the run")
-    quickstart.add_argument("--episodes", type=int, default=80, help="episodes an unseen task")
-    quickstart.add_argument("--steps", type=int, help="warm-up steps, instead of the default's")
-    quickstart.add_argument("--rows", help="a JSONL file to append the rows of the table to")
+    _add_quickstart(quickstart)
     quickstart.set_defaults(run=_quickstart)
     return parser
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tags", help="a tag folder; brings its backbone and template along")
+    _add_tags(parser, "a tag folder or hub name (user/tags); brings its backbone and template along")
     parser.add_argument("--backbone", help="a transformers folder or hub name (default: the tags', or embedded)")
-    parser.add_argument("--template", help="a template's name or path, where no tags are given (default: markup)")
+    parser.add_argument("--template", help="a template's name or path (default: the tags', or markup)")
     parser.add_argument("--answers", choices=["symbols", "names"], default="symbols",
                         help="read option symbols, or score whole names (beyond 26 labels anyway)")  # fmt: skip
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps …")
 
 
+def _add_tags(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument("--tags", help=text)
+    parser.add_argument("--revision", help="a commit, tag or branch of --tags on the hub; or write user/tags@revision")
+
+
 def _add_fit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("examples", help="a .jsonl, .csv or .tsv file, or a task folder, with texts and labels")
     parser.add_argument("--out", required=True, help="the folder to write; an existing classifier is replaced")
-    parser.add_argument("--tags", help="a folder of warmed-up tags (default: untrained ones)")
+    _add_tags(parser, "a folder of warmed-up tags, or their hub name (default: untrained ones)")
     parser.add_argument("--backbone", help="a transformers folder or hub name (default: the tags', or embedded)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps …")
     parser.add_argument("--text-column", default="text")
@@ -163,6 +169,13 @@ def _add_episode(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--demo", nargs=2, action="append", default=[], metavar=("TEXT", "LABEL"),
                         help="a demonstration; may be given several times")  # fmt: skip
     parser.add_argument("--none-of-the-above", action="store_true", help="offer that as the last option")
+
+
+def _add_quickstart(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", default="runs/quickstart", help="the folder for the run")
+    parser.add_argument("--episodes", type=int, default=80, help="episodes an unseen task")
+    parser.add_argument("--steps", type=int, help="warm-up steps, instead of the default's")
+    parser.add_argument("--rows", help="a JSONL file to append the rows of the table to")
 
 
 def _warmup(args: argparse.Namespace, overrides: list[str]) -> None:
@@ -251,7 +264,7 @@ def _show(args: argparse.Namespace, _overrides: list[str]) -> None:
 def _tags(args: argparse.Namespace, _overrides: list[str]) -> None:
     from icl_markup.inspection import print_tags
 
-    print_tags(Path(args.folder), args.nearest)
+    print_tags(args.folder, args.nearest, args.revision)
 
 
 def _quickstart(args: argparse.Namespace, _overrides: list[str]) -> None:

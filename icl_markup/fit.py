@@ -32,7 +32,7 @@ def fit_files(args: argparse.Namespace) -> Iterator[str]:
     if args.calibration == "batch" and not validation:
         raise ConfigError("--calibration batch learns from texts that are no examples; give them with --validation")
     classifier = MarkupClassifier(
-        args.tags,
+        _pinned(args.tags, args.revision),
         backbone=_found(args.backbone),
         descriptions=descriptions or None,
         none_of_the_above=args.none_of_the_above,
@@ -55,6 +55,14 @@ def fit_files(args: argparse.Namespace) -> Iterator[str]:
         yield f"calibrated on {len(texts)} texts: temperature {found.temperature:.3f}, threshold {found.threshold}"
         yield f"recall of the retriever on them: {classifier.retriever_recall(texts, labels):.3f}"
     yield f"classifier: {classifier.save(args.out)}"
+
+
+def _pinned(tags: str | None, revision: str | None) -> str | None:
+    if revision is None:
+        return tags
+    if tags is None:
+        raise ConfigError("--revision is that of --tags; give --tags, or leave it away")
+    return f"{tags}@{revision}"
 
 
 def _found(backbone: str | None) -> str | None:

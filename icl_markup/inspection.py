@@ -12,6 +12,7 @@ from rich.table import Table
 
 from icl_markup.episodes import Episode, Query
 from icl_markup.errors import BackboneError
+from icl_markup.hub import TENSORS
 from icl_markup.model import MarkupModel
 from icl_markup.prompt import Piece, Prompt
 from icl_markup.tagfile import load_model, read_tags
@@ -72,26 +73,31 @@ def print_prompt(model: MarkupModel, episode: Episode, text: str, *, chat: bool 
         console.print(f"note: {tag.name} is also a token of this tokenizer; the tag is another thing and keeps apart")
 
 
-def print_tags(folder: Path, nearest: int) -> None:
-    """Print what a tag folder holds; the backbone is needed for norms of the vocabulary and nearest tokens.
+def print_tags(folder: str | Path, nearest: int, revision: str | None = None) -> None:
+    """Print what a tag folder, or one of the hub, holds.
+
+    The backbone is needed for norms of the vocabulary and nearest tokens.
 
     Raises:
-        TagFileError: the folder is missing or damaged.
+        TagFileError: the folder is missing or damaged, or the hub does not give it.
     """
-    tags = read_tags(folder)
+    tags = read_tags(folder, revision)
     console = Console()
-    size = (folder / "tags.safetensors").stat().st_size
+    size = len(tags.files()[TENSORS])
     parameters = sum(v.numel() for v in tags.vectors.values())
-    console.print(escape(f"{folder}: {len(tags.vectors)} tags, {parameters:,} parameters, {size:,} bytes"))
+    console.print(escape(f"{tags.label}: {len(tags.vectors)} tags, {parameters:,} parameters, {size:,} bytes"))
     console.print(escape(f"backbone: {tags.backbone['name']} ({tags.backbone['kind']}), template {tags.template.name}"))
     for key, value in tags.training.items():
         console.print(escape(f"{key}: {value}"))
+    if tags.ancestry:
+        for parent in tags.ancestry.parents:
+            console.print(escape(f"{tags.ancestry.operation} of {parent.name}: {', '.join(parent.tags)}"))
     table = Table()
     for heading in ("tag", "soft token", "norm"):
         table.add_column(heading)
     model = None
     try:
-        model = load_model(folder)
+        model = load_model(tags)
         table.add_column("nearest tokens of the vocabulary (cosine)")
     except BackboneError as error:
         console.print(f"without its backbone, nearest tokens cannot be shown: {escape(str(error))}")

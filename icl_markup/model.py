@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,6 +23,10 @@ from icl_markup.scoring import QueryScores, score_queries
 from icl_markup.tags import Initialisation, Tag, TagTable, initial_rows
 from icl_markup.tasks import NONE_OF_THE_ABOVE
 from icl_markup.template import Template
+
+if TYPE_CHECKING:
+    from icl_markup.push import Pushed
+    from icl_markup.tagfile import TagFile
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,7 @@ class MarkupModel:
 
     Attributes:
         prefixes: what a causal backbone has computed of prompts, for later prompts that begin alike.
+        origin: the tags that were loaded, with the commit, training and ancestry that are known of them; or None.
 
     Raises:
         TemplateError, PromptError: the template, or the vectors for it, cannot be used.
@@ -79,6 +84,7 @@ class MarkupModel:
         self.template = template if isinstance(template, Template) else Template.load(template)
         self.length_normalised = length_normalised
         self.prefixes = PrefixCache()
+        self.origin: TagFile | None = None
         self.table = _table(backbone, self.template.tags, initialisation, seed) if self.template.tags else None
         if vectors:
             if self.table is None:
@@ -87,7 +93,7 @@ class MarkupModel:
         self.markup = self._markup_for(answers)
 
     @classmethod
-    def from_pretrained(
+    def untrained(
         cls, backbone: str | BackboneConfig = "embedded", template: str | Path = "markup", **options: Any
     ) -> MarkupModel:
         """Load a backbone by folder, hub name or configuration, with fresh tags of `template`.
@@ -98,22 +104,66 @@ class MarkupModel:
         return cls(Backbone.load(backbone), template, **options)
 
     @classmethod
-    def from_tags(cls, folder: str | Path, backbone: Backbone | BackboneConfig | None = None) -> MarkupModel:
-        """Load warmed-up tags, and the backbone they were made for unless one is given.
+    def from_pretrained(
+        cls,
+        tags: str | Path,
+        revision: str | None = None,
+        *,
+        backbone: Backbone | BackboneConfig | str | None = None,
+        token: str | None = None,
+    ) -> MarkupModel:
+        """Load tags by their name on the hub, or from a folder, which wins where both exist.
+
+        Args:
+            tags: ``user/tags``, ``user/tags@revision`` or a folder.
+            revision: a commit, tag or branch; a commit pins what is loaded, and is found without the hub once it is in
+                the cache. `origin` says which commit was loaded.
+            backbone: the model that the tags were made for, where it is not to be loaded by its name.
+            token: a token of the hub; None: the one that is logged in with, or ``HF_TOKEN``.
 
         Raises:
-            TagFileError: the folder is missing or damaged, or the tags were made for another backbone.
+            TagFileError: there are no such tags, they are damaged, or they were made for another backbone.
+            BackboneError: the backbone cannot be loaded.
         """
+        from icl_markup.tagfile import load_model, read_tags
+
+        named = BackboneConfig(backbone) if isinstance(backbone, str) else backbone
+        return load_model(read_tags(tags, revision, token), named)
+
+    @classmethod
+    def from_tags(
+        cls,
+        tags: str | Path | TagFile | Sequence[str | Path | TagFile],
+        backbone: Backbone | BackboneConfig | None = None,
+        *,
+        template: Template | str | Path | None = None,
+        rename: Mapping[Any, Any] | None = None,
+        only: Sequence[str] | Mapping[Any, Sequence[str]] | None = None,
+    ) -> MarkupModel:
+        """Load warmed-up tags of one or several files, and the backbone they were made for unless one is given.
+
+        Args:
+            tags: a folder, a hub name, a `TagFile`, or a list of them.
+            backbone: the backbone or its configuration.
+            template: the template to use the tags in; None: that of the files which has exactly their tags.
+            rename: new names of tags by old ones; or such mappings by file, as it is named in `tags`.
+            only: the tags to take, by their old names; or such lists by file.
+
+        Raises:
+            TagFileError: a folder is missing or damaged, the tags were made for another backbone or clash, or what
+                else `icl_markup.composition.composed` says.
+        """
+        from icl_markup.composition import composed
         from icl_markup.tagfile import load_model
 
-        return load_model(folder, backbone)
+        return load_model(composed(tags, template=template, rename=rename, only=only), backbone)
 
     def save(self, folder: str | Path, training: dict[str, Any] | None = None) -> Path:
         """Write the tags as a folder that `from_tags` loads; see `icl_markup.tagfile`.
 
         Args:
             folder: where to; an existing tag folder is replaced, atomically.
-            training: a JSON-able summary of how the tags were warmed up, for the card.
+            training: a JSON-able summary of how the tags were warmed up, for the card; None: what is known of them.
 
         Raises:
             TagFileError: the template has no tags, or `folder` holds something else.
@@ -121,6 +171,25 @@ class MarkupModel:
         from icl_markup.tagfile import save_model
 
         return save_model(self, folder, training)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> Pushed:
+        """Upload the tags with their card to a repository of the hub, which is made if need be.
+
+        Args:
+            repo_id: ``user/name``.
+            **options: private, revision (a branch), commit_message, token, license, measured, backbone and training;
+                see `icl_markup.push.push_tags`.
+
+        Returns:
+            The repository, the commit that was made (for ``from_pretrained(..., revision=...)``) and its address.
+
+        Raises:
+            TagFileError: the template has no tags, or the hub refuses.
+        """
+        from icl_markup.push import push_tags
+        from icl_markup.tagfile import tags_of
+
+        return push_tags(tags_of(self, options.pop("training", None)), repo_id, **options)
 
     def __sklearn_clone__(self) -> MarkupModel:
         """Return itself: an estimator that is cloned keeps asking the same frozen model."""

@@ -81,7 +81,7 @@ class PrefixCache:
         by PyTorch's count of writes to them, which tensors made in inference mode lack.
         """
         weights = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in backbone.model.parameters())
-        rows = b"" if table is None else table.rows.detach().cpu().numpy().tobytes()
+        rows = b"" if table is None else table.all_rows().detach().cpu().numpy().tobytes()
         state = (weights, hashlib.blake2b(rows, digest_size=16).digest())
         if state != self._state:
             self.clear()

@@ -5,33 +5,44 @@ from __future__ import annotations
 import argparse
 
 from icl_markup.backbone import Backbone
+from icl_markup.composition import composed
 from icl_markup.episodes import Episode
 from icl_markup.errors import PromptError
 from icl_markup.loading import BackboneConfig
 from icl_markup.model import MarkupModel
 from icl_markup.predict import Ask, ask_classifier, ask_model
 from icl_markup.readers import TaskSource, read_task
-from icl_markup.tagfile import load_model, read_tags
+from icl_markup.tagfile import TagFile, load_model
 from icl_markup.tasks import Task, TaskChecks
 
 
 def load_for(args: argparse.Namespace) -> MarkupModel:
-    """Load the model that `--tags`, `--backbone`, `--template` and `--device` name.
+    """Load the model that `--tags`, `--revision`, `--backbone`, `--template` and `--device` name.
 
     Raises:
-        PromptError: both tags and a template are given.
-        MarkupError: one of them cannot be loaded.
+        PromptError: what the tags bring along is given too.
+        MarkupError: something cannot be loaded.
     """
     if not args.tags:
+        if args.revision:
+            raise PromptError("--revision is that of --tags; give --tags, or leave it away")
         backbone = Backbone.load(BackboneConfig(args.backbone or "embedded", device=args.device))
         return MarkupModel(backbone, args.template or "markup", answers=args.answers)
-    if args.template:
-        raise PromptError("--tags brings its own template; leave --template away")
     if args.answers != "symbols":
         raise PromptError("--tags brings along how it is answered; leave --answers away")
-    saved = read_tags(args.tags).backbone
+    tags = tags_for(args)
+    saved = tags.backbone
     revision = None if args.backbone else saved["revision"]
-    return load_model(args.tags, BackboneConfig(args.backbone or saved["name"], revision, device=args.device))
+    return load_model(tags, BackboneConfig(args.backbone or saved["name"], revision, device=args.device))
+
+
+def tags_for(args: argparse.Namespace) -> TagFile:
+    """Read what `--tags`, `--revision` and, for tags in another template, `--template` name.
+
+    Raises:
+        TagFileError: they cannot be read, or not be used together.
+    """
+    return composed(args.tags, revision=args.revision, template=args.template)
 
 
 def ask_for(args: argparse.Namespace) -> Ask:
@@ -49,7 +60,7 @@ def ask_for(args: argparse.Namespace) -> Ask:
         raise PromptError("--classifier brings along how it is answered; leave --answers away")
     if not args.classifier:
         return ask_model(load_for(args), task_episode(args), args.batch_tokens or 2048, args.top)
-    for name in ("tags", "backbone", "template", "labels", "task", "demo", "none_of_the_above"):
+    for name in ("tags", "revision", "backbone", "template", "labels", "task", "demo", "none_of_the_above"):
         if getattr(args, name):
             raise PromptError(f"--classifier brings its own {name}; leave --{name.replace('_', '-')} away")
     from icl_markup.classifier import MarkupClassifier

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 from icl_markup.backbone import Backbone
+from icl_markup.composition import composed
 from icl_markup.loading import BackboneConfig
 from icl_markup.model import MarkupModel
-from icl_markup.tagfile import load_model, read_tags
+from icl_markup.tagfile import load_model
 from icl_markup.template import Template
+
+Tags = str | Path | Sequence[str | Path]
+"""A tag folder, a hub name, or a list of them."""
 
 _models: weakref.WeakValueDictionary[tuple[Any, ...], MarkupModel] = weakref.WeakValueDictionary()
 _backbones: weakref.WeakValueDictionary[BackboneConfig, Backbone] = weakref.WeakValueDictionary()
@@ -21,14 +26,16 @@ _latest: list[MarkupModel] = []
 _lock = Lock()
 
 
-def load_shared(tags: str | Path | None, config: BackboneConfig | None, template: str | Path, seed: int) -> MarkupModel:
+def load_shared(
+    tags: Tags | None, config: BackboneConfig | None, template: str | Path | None, seed: int
+) -> MarkupModel:
     """Return the model of some tags, or of untrained ones of a template; loaded unless some classifier holds it.
 
     Args:
-        tags: a tag folder, or None.
+        tags: a tag folder, a hub name, or a list of them; or None.
         config: the backbone and its device; an empty name, or None: the tags' own, or the embedded one.
-        template: the template of untrained tags.
-        seed: their seed.
+        template: the template; None: that of the tags, or ``markup``.
+        seed: the seed of untrained tags.
 
     Raises:
         TagFileError, BackboneError, TemplateError: something cannot be loaded.
@@ -37,8 +44,8 @@ def load_shared(tags: str | Path | None, config: BackboneConfig | None, template
         device = config.device if config is not None else "auto"
         name = config.name if config is not None else ""
         revision = None
-        if tags is not None:
-            found = read_tags(tags)
+        found = None if tags is None else composed(tags, template=template)
+        if found is not None:
             if not name:
                 name, revision = str(found.backbone["name"]), found.backbone["revision"]
             state: tuple[Any, ...] = (
@@ -46,9 +53,10 @@ def load_shared(tags: str | Path | None, config: BackboneConfig | None, template
                 found.template.source,
                 found.answers,
                 found.length_normalised,
+                found.commit,
             )
         else:
-            state = (Template.load(template).source, seed)
+            state = (Template.load(template or "markup").source, seed)
         wanted = BackboneConfig(name or "embedded", revision, device=device)
         key = (tags is not None, *state, wanted)
         model = _models.get(key)
@@ -56,7 +64,10 @@ def load_shared(tags: str | Path | None, config: BackboneConfig | None, template
             backbone = _backbones.get(wanted)
             if backbone is None:
                 backbone = _backbones[wanted] = Backbone.load(wanted)
-            model = MarkupModel(backbone, template, seed=seed) if tags is None else load_model(tags, backbone)
+            if found is None:
+                model = MarkupModel(backbone, template or "markup", seed=seed)
+            else:
+                model = load_model(found, backbone)
             _models[key] = model
         _latest[:] = [model]
         return model

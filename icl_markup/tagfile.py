@@ -9,9 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import tempfile
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,112 +19,239 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from icl_markup.ancestry import Ancestry, Parent
 from icl_markup.backbone import Backbone
 from icl_markup.card import model_card
-from icl_markup.errors import TagFileError, TemplateError
+from icl_markup.errors import ConfigError, TagFileError, TemplateError
 from icl_markup.fingerprint import Fingerprint
+from icl_markup.folders import replace_folder
+from icl_markup.hub import CARD, DETAILS, TENSORS, locate
 from icl_markup.loading import BackboneConfig
+from icl_markup.markup import Answers
 from icl_markup.model import MarkupModel
+from icl_markup.report_rows import parse_row
 from icl_markup.template import Template
 
 FORMAT = 1
-_TENSORS, _DETAILS, _CARD = "tags.safetensors", "tags.json", "README.md"
+"""Keys that were added since are optional, and earlier versions of this package pass over them."""
 
 
 @dataclass(frozen=True)
 class TagFile:
-    """The content of a tag folder.
+    """The content of a tag folder, or what one is made of.
 
     Attributes:
-        folder: where it was read.
+        folder: where it was read; None for tags that were composed and not written.
         vectors: rows by tag name, each of shape (width, embedding width), fp32.
         template: the template that the tags were warmed up in.
         backbone: the backbone's name, revision, kind and embedding width.
         fingerprint: that of the backbone.
         answers: symbols or names.
         length_normalised: whether names are scored by the mean log-probability of their tokens.
-        training: the summary of the warm-up; empty for untrained tags.
+        training: the summary of the warm-up; empty for untrained and for composed tags.
         tensors_sha256: the checksum of ``tags.safetensors``.
+        license: the licence of the tags, by the hub's identifier; empty where nobody named one.
+        measured: rows of results (`icl_markup.results`) that were measured with these tags.
+        ancestry: the tags that these were made of or begun with.
+        name: its name on the hub; empty for a folder of no hub.
+        commit: the hub's commit that it was read from.
     """
 
-    folder: Path
+    folder: Path | None
     vectors: dict[str, Tensor]
     template: Template
     backbone: dict[str, Any]
     fingerprint: Fingerprint
-    answers: str
+    answers: Answers
     length_normalised: bool
     training: dict[str, Any]
     tensors_sha256: str = ""
+    license: str = ""
+    measured: tuple[dict[str, Any], ...] = field(default=())
+    ancestry: Ancestry | None = None
+    name: str = ""
+    commit: str | None = None
+
+    @property
+    def label(self) -> str:
+        """How messages name it: its folder, its name and commit on the hub, or what it was composed of."""
+        if self.name:
+            return f"{self.name}@{(self.commit or '')[:12]}"
+        if self.folder is not None:
+            return str(self.folder)
+        parents = self.ancestry.parents if self.ancestry else ()
+        return f"({self.ancestry.operation if self.ancestry else 'tags'} of {', '.join(p.name for p in parents)})"
+
+    def as_parent(self, tags: Mapping[str, str] | None = None, weight: float | None = None) -> Parent:
+        """Return it as a parent of other tags.
+
+        Args:
+            tags: which tags were used: their names here, by their new names; None: all, under their own names.
+            weight: its share in an average.
+        """
+        used = {name: name for name in self.vectors} if tags is None else tags
+        if self.folder is None and self.ancestry and self.ancestry.operation in ("select", "rename"):
+            # Nobody ever saw the intermediate result: what counts is what it was selected from.
+            [whole] = self.ancestry.parents
+            return replace(whole, tags={new: whole.tags[old] for new, old in used.items()}, weight=weight)
+        name = self.name or (_short(self.folder) if self.folder is not None else "")
+        return Parent(name, self.tensors_sha256, dict(used), weight, self.commit, self.training, self.ancestry)
+
+    def details(self) -> dict[str, Any]:
+        """Return the content of ``tags.json``."""
+        optional = {
+            "license": self.license,
+            "measured": list(self.measured),
+            "ancestry": self.ancestry and self.ancestry.to_json(),
+        }
+        return {
+            "format": FORMAT,
+            "tags": [{"name": t.name, "width": t.width, "description": t.description} for t in self.template.tags],
+            "tensors_sha256": self.tensors_sha256,
+            "backbone": self.backbone,
+            "fingerprint": self.fingerprint.to_json(),
+            "template": {"name": Path(self.template.name).stem, "source": self.template.source},
+            "answers": self.answers,
+            "length_normalised": self.length_normalised,
+            "training": self.training,
+            **{key: value for key, value in optional.items() if value},
+        }
+
+    def files(self) -> dict[str, bytes]:
+        """Return the content of each file of the folder."""
+        tensors = serialised(self.vectors)
+        details = self.details()
+        return {
+            TENSORS: tensors,
+            DETAILS: (json.dumps(details, indent=1, ensure_ascii=False) + "\n").encode(),
+            CARD: model_card(details, len(tensors)).encode(),
+        }
 
 
-def save_model(model: MarkupModel, folder: str | Path, training: dict[str, Any] | None = None) -> Path:
-    """Write a model's tags; see `MarkupModel.save`."""
+def serialised(vectors: Mapping[str, Tensor]) -> bytes:
+    """Return vectors by tag name as the content of ``tags.safetensors``."""
+    tensors = {name: rows.contiguous() for name, rows in vectors.items()}
+    return bytes(save_tensors(tensors, metadata={"format": "icl-markup"}))
+
+
+def checksum(vectors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of that content."""
+    return hashlib.sha256(serialised(vectors)).hexdigest()
+
+
+def tags_of(model: MarkupModel, training: dict[str, Any] | None = None, ancestry: Ancestry | None = None) -> TagFile:
+    """Return a model's tags as the content of a folder.
+
+    What is known of tags that were loaded stays with them; where their values were changed since, they become the
+    parents of the new ones.
+
+    Args:
+        model: the model.
+        training: the summary of the warm-up; None: that of the tags as they were loaded.
+        ancestry: what the tags were begun with; None: what is known.
+
+    Raises:
+        TagFileError: the template has no tags.
+    """
     if model.table is None:
         raise TagFileError(f"template {model.template.name!r} has no tags to save")
-    folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise TagFileError(f"{folder}: is a file; give a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / _DETAILS).exists():
-        raise TagFileError(f"{folder}: holds other files and no tags; choose an empty or a new folder")
-    backbone = model.backbone
-    tensors = save_tensors(model.table.vectors(), metadata={"format": "icl-markup"})
-    details = {
-        "format": FORMAT,
-        "tags": [{"name": t.name, "width": t.width, "description": t.description} for t in model.template.tags],
-        "tensors_sha256": hashlib.sha256(tensors).hexdigest(),
-        "backbone": {
+    backbone, origin = model.backbone, model.origin
+    vectors = model.table.vectors()
+    found = TagFile(
+        None,
+        vectors,
+        model.template,
+        {
             "name": backbone.name,
             "revision": backbone.revision,
             "kind": backbone.kind,
             "embedding_width": backbone.width,
         },
-        "fingerprint": Fingerprint.of(backbone).to_json(),
-        "template": {"name": Path(model.template.name).stem, "source": model.template.source},
-        "answers": model.answers,
-        "length_normalised": model.length_normalised,
-        "training": training or {},
-    }
-    files = {
-        _TENSORS: tensors,
-        _DETAILS: (json.dumps(details, indent=1, ensure_ascii=False) + "\n").encode(),
-        _CARD: model_card(details, len(tensors)).encode(),
-    }
+        Fingerprint.of(backbone),
+        model.answers,
+        model.length_normalised,
+        training or {},
+        checksum(vectors),
+        ancestry=ancestry,
+    )
+    if origin is None or ancestry is not None:
+        return found
+    if origin.tensors_sha256 != found.tensors_sha256:
+        return replace(found, license=origin.license, ancestry=Ancestry("change", (origin.as_parent(),)))
+    return replace(
+        found,
+        training=origin.training if training is None else training,
+        license=origin.license,
+        measured=origin.measured,
+        ancestry=origin.ancestry,
+    )
+
+
+def save_model(
+    model: MarkupModel, folder: str | Path, training: dict[str, Any] | None = None, ancestry: Ancestry | None = None
+) -> Path:
+    """Write a model's tags; see `MarkupModel.save` and, for `ancestry`, `tags_of`."""
+    return write_tags(tags_of(model, training, ancestry), folder)
+
+
+def write_tags(tags: TagFile, folder: str | Path) -> Path:
+    """Write a tag folder, in place of at most another one.
+
+    Raises:
+        TagFileError: `folder` is a file or holds something else, or cannot be written.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise TagFileError(f"{folder}: is a file; give a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / DETAILS).exists():
+        raise TagFileError(f"{folder}: holds other files and no tags; choose an empty or a new folder")
     try:
-        replace_folder(folder, files)
+        replace_folder(folder, tags.files())
     except OSError as error:
         raise TagFileError(f"{folder}: cannot write the tags: {error}") from error
     return folder
 
 
-def read_tags(folder: str | Path) -> TagFile:
+def read_tags(tags: str | Path, revision: str | None = None, token: str | None = None) -> TagFile:
     """Read and check a tag folder.
 
+    Args:
+        tags: a folder or a hub name, ``user/tags`` or ``user/tags@revision``; see `icl_markup.hub.locate`.
+        revision: a commit, tag or branch of the hub.
+        token: a token of the hub.
+
     Raises:
-        TagFileError: a file is missing, damaged or of a later format, or the files contradict each other.
+        TagFileError: a file is missing, damaged or of a later format, or the files contradict each other; or the hub
+            does not give the folder.
     """
-    folder = Path(folder)
-    details = _read_details(folder / _DETAILS)
-    path = folder / _TENSORS
+    place = locate(tags, revision, token)
+    folder = place.folder
+    details = _read_details(folder / DETAILS)
+    path = folder / TENSORS
     try:
         raw = path.read_bytes()
     except OSError as error:
         raise TagFileError(f"{path}: cannot be read: {error.strerror}") from error
     try:
         if hashlib.sha256(raw).hexdigest() != details["tensors_sha256"]:
-            raise TagFileError(f"{path}: damaged: its content differs from what {_DETAILS} says (SHA-256)")
-        vectors = load_tensors(raw)
-        template = Template.parse(str(details["template"]["source"]), str(details["template"]["name"]))
+            raise TagFileError(f"{path}: damaged: its content differs from what {DETAILS} says (SHA-256)")
+        ancestry = details.get("ancestry")
+        answers: Any = str(details["answers"])
         result = TagFile(
             folder,
-            vectors,
-            template,
+            load_tensors(raw),
+            Template.parse(str(details["template"]["source"]), str(details["template"]["name"])),
             dict(details["backbone"]),
             Fingerprint.from_json(details["fingerprint"]),
-            str(details["answers"]),
+            answers,
             bool(details["length_normalised"]),
             dict(details["training"]),
             str(details["tensors_sha256"]),
+            str(details.get("license", "")),
+            tuple(dict(parse_row(row, str(folder / DETAILS)).data) for row in details.get("measured", ())),
+            None if ancestry is None else Ancestry.from_json(ancestry),
+            place.name,
+            place.commit,
         )
         declared = {str(t["name"]): int(t["width"]) for t in details["tags"]}
         width = int(result.backbone["embedding_width"])
@@ -133,23 +259,27 @@ def read_tags(folder: str | Path) -> TagFile:
     except SafetensorError as error:
         raise TagFileError(f"{path}: damaged: {error}") from error
     except TemplateError as error:
-        raise TagFileError(f"{folder / _DETAILS}: damaged template: {error}") from error
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise TagFileError(f"{folder / DETAILS}: damaged template: {error}") from error
+    except ConfigError as error:
+        raise TagFileError(f"{folder / DETAILS}: damaged: {error}") from error
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         if isinstance(error, TagFileError):
             raise
-        raise TagFileError(f"{folder / _DETAILS}: damaged: {type(error).__name__} {error}") from error
+        raise TagFileError(f"{folder / DETAILS}: damaged: {type(error).__name__} {error}") from error
     expected = {name: (rows, width) for name, rows in declared.items()}
-    found = {name: tuple(value.shape) for name, value in vectors.items()}
-    if found != expected or {t.name: t.width for t in template.tags} != declared:
-        raise TagFileError(f"{path}: damaged: holds {found}, but {_DETAILS} lists {expected}")
+    found = {name: tuple(value.shape) for name, value in result.vectors.items()}
+    if found != expected or {t.name: t.width for t in result.template.tags} != declared:
+        raise TagFileError(f"{path}: damaged: holds {found}, but {DETAILS} lists {expected}")
     if result.answers not in ("symbols", "names"):
-        raise TagFileError(f"{folder / _DETAILS}: damaged: answers is {result.answers!r}")
-    return result
+        raise TagFileError(f"{folder / DETAILS}: damaged: answers is {result.answers!r}")
+    # safetensors gives them in an order of its own, another one each time.
+    return replace(result, vectors={tag.name: result.vectors[tag.name] for tag in result.template.tags})
 
 
-def load_model(folder: str | Path, backbone: Backbone | BackboneConfig | None = None) -> MarkupModel:
-    """Load tags with their backbone; see `MarkupModel.from_tags`."""
-    tags = read_tags(folder)
+def load_model(tags: str | Path | TagFile, backbone: Backbone | BackboneConfig | None = None) -> MarkupModel:
+    """Load tags with their backbone, unless one is given; errors as in `MarkupModel.from_tags`."""
+    if not isinstance(tags, TagFile):
+        tags = read_tags(tags)
     if backbone is None:
         backbone = BackboneConfig(str(tags.backbone["name"]), revision=tags.backbone["revision"])
     if isinstance(backbone, BackboneConfig):
@@ -157,10 +287,20 @@ def load_model(folder: str | Path, backbone: Backbone | BackboneConfig | None = 
     difference = tags.fingerprint.difference(Fingerprint.of(backbone))
     if difference:
         raise TagFileError(
-            f"{folder}: these tags were made for {tags.backbone['name']!r}, not for {backbone.name!r}: {difference}"
+            f"{tags.label}: these tags were made for {tags.backbone['name']!r}, not for {backbone.name!r}: {difference}"
         )
-    answers: Any = tags.answers
-    return MarkupModel(backbone, tags.template, tags.vectors, answers=answers, length_normalised=tags.length_normalised)
+    model = MarkupModel(
+        backbone, tags.template, tags.vectors, answers=tags.answers, length_normalised=tags.length_normalised
+    )
+    model.origin = tags
+    return model
+
+
+def _short(folder: Path) -> str:
+    """Return how a folder is called in files that travel: without most of the path, which tells of a machine."""
+    parts = [part for part in folder.parts if part not in (folder.anchor, ".", "..")]
+    home = os.path.expanduser("~")  # noqa: PTH111  (where there is no home, Path raises)
+    return "/".join(parts[-1:] if str(folder.parent) == home else parts[-2:]) or "tags"
 
 
 def _read_details(path: Path) -> dict[str, Any]:
@@ -175,34 +315,3 @@ def _read_details(path: Path) -> dict[str, Any]:
     if details["format"] != FORMAT:
         raise TagFileError(f"{path}: format {details['format']!r}; this version reads format {FORMAT}")
     return details
-
-
-def replace_folder(folder: Path, files: dict[str, bytes]) -> None:
-    """Write files, by their paths in it, into a new folder beside `folder`, then put it in its place."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        for name, content in files.items():
-            (part / name).parent.mkdir(exist_ok=True)
-            with (part / name).open("wb") as out:
-                out.write(content)
-                out.flush()
-                os.fsync(out.fileno())
-        part.chmod(0o755)
-        if folder.exists():
-            # A folder that is not empty cannot be replaced in one call: the old one steps aside and, if the new one
-            # cannot take its place, comes back.
-            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
-            folder.rename(old / "was")
-            try:
-                part.rename(folder)
-            except BaseException:
-                (old / "was").rename(folder)
-                raise
-            finally:
-                shutil.rmtree(old, ignore_errors=True)
-        else:
-            part.rename(folder)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise

@@ -39,22 +39,36 @@ class Tag:
 class TagTable(nn.Module):
     """The soft tokens of some tags: one fp32 parameter `rows` of shape (sum of widths, embedding width).
 
+    Tags can be frozen: their rows then lie in a buffer, `rows` holds the others, and neither a gradient, its norm,
+    nor an optimiser's moment or decay concerns them. Where all rows are wanted, `all_rows` has them.
+
     Args:
         tags: the tags; their order is the order of the rows.
         rows: initial values, of that shape.
         first_id: the id of the first row: the number of rows of the backbone's embedding.
+
+    Attributes:
+        count: the number of rows, frozen ones included.
     """
+
+    frozen: Tensor
+    """The rows of frozen tags, in the order of the tags."""
+
+    _place: Tensor
+    """Where each row lies in `rows` followed by `frozen`."""
 
     def __init__(self, tags: Iterable[Tag], rows: Tensor, first_id: int):
         super().__init__()
         self.tags = tuple(tags)
         self.first_id = first_id
-        total = sum(tag.width for tag in self.tags)
-        if rows.ndim != 2 or rows.shape[0] != total:
+        self.count = sum(tag.width for tag in self.tags)
+        if rows.ndim != 2 or rows.shape[0] != self.count:
             raise PromptError(
-                f"the tags need {total} rows of soft tokens; a table of shape {tuple(rows.shape)} was given"
+                f"the tags need {self.count} rows of soft tokens; a table of shape {tuple(rows.shape)} was given"
             )
         self.rows = nn.Parameter(rows.detach().to(torch.float32).clone())
+        self.register_buffer("frozen", torch.empty(0, rows.shape[1], device=rows.device))
+        self.register_buffer("_place", torch.arange(self.count, device=rows.device))
         self._ids: dict[str, list[int]] = {}
         start = first_id
         for tag in self.tags:
@@ -73,13 +87,34 @@ class TagTable(nn.Module):
             raise PromptError(f"no tag {name}; the table has {', '.join(self._ids) or 'none'}")
         return self._ids[name]
 
+    def all_rows(self) -> Tensor:
+        """Return the rows of all tags, shape (`count`, embedding width); differentiable in those not frozen."""
+        if not len(self.frozen):
+            return self.rows
+        return F.embedding(self._place, torch.cat([self.rows, self.frozen]))
+
+    @torch.no_grad()
+    def freeze(self, names: Iterable[str]) -> None:
+        """Keep the rows of these tags, and of no others, as they are: `rows` becomes a new parameter without them.
+
+        Raises:
+            PromptError: a name is not in the table.
+        """
+        rows = self.all_rows().detach()
+        kept = {i - self.first_id for name in names for i in self.ids(name)}
+        order = [i for i in range(self.count) if i not in kept] + sorted(kept)
+        place = torch.empty(self.count, dtype=torch.long)
+        place[torch.tensor(order, dtype=torch.long)] = torch.arange(self.count)
+        ordered = rows[torch.tensor(order, dtype=torch.long, device=rows.device)]
+        self.rows = nn.Parameter(ordered[: self.count - len(kept)].clone())
+        self.frozen = ordered[self.count - len(kept) :].clone()
+        self._place = place.to(rows.device)
+
     def vectors(self) -> dict[str, Tensor]:
         """Return a copy of each tag's rows, of shape (width, embedding width), fp32, on the CPU."""
         offset = self.first_id
-        return {
-            name: self.rows.detach()[ids[0] - offset : ids[-1] - offset + 1].cpu().clone()
-            for name, ids in self._ids.items()
-        }
+        rows = self.all_rows().detach()
+        return {name: rows[ids[0] - offset : ids[-1] - offset + 1].cpu().clone() for name, ids in self._ids.items()}
 
     @torch.no_grad()
     def load_vectors(self, vectors: Mapping[str, Tensor]) -> None:
@@ -90,14 +125,17 @@ class TagTable(nn.Module):
         """
         for name, value in vectors.items():
             ids = self.ids(name)
-            target = self.rows[ids[0] - self.first_id : ids[-1] - self.first_id + 1]
-            if value.shape != target.shape:
-                raise PromptError(f"tag {name} has shape {tuple(target.shape)}; {tuple(value.shape)} was given")
-            target.copy_(value)
+            wanted = (len(ids), self.rows.shape[1])
+            if tuple(value.shape) != wanted:
+                raise PromptError(f"tag {name} has shape {wanted}; {tuple(value.shape)} was given")
+            for row, new in zip(ids, value, strict=True):
+                place = int(self._place[row - self.first_id])
+                trained = len(self.rows)
+                (self.rows[place] if place < trained else self.frozen[place - trained]).copy_(new)
 
     def spans(self, ids: Tensor) -> Tensor:
         """Return which of `ids` (any shape) are ids of this table."""
-        return (ids >= self.first_id) & (ids < self.first_id + self.rows.shape[0])
+        return (ids >= self.first_id) & (ids < self.first_id + self.count)
 
 
 def tags_in_vocabulary(tags: Iterable[Tag], vocabulary: Mapping[str, int]) -> list[Tag]:
@@ -127,9 +165,9 @@ def substituted(embedding: nn.Module, table: TagTable) -> Iterator[None]:
     def put_rows_in(_module: nn.Module, _args: Any, _kwargs: Any, output: Tensor) -> Tensor:
         ids = pending.pop()
         is_tag = table.spans(ids)
-        index = (ids - table.first_id).clamp(0, table.rows.shape[0] - 1)
+        index = (ids - table.first_id).clamp(0, table.count - 1)
         # An embedding, as the gradient of indexing adds up in an order that varies between runs on several threads.
-        rows = F.embedding(index, table.rows).to(output.dtype)
+        rows = F.embedding(index, table.all_rows()).to(output.dtype)
         return torch.where(is_tag.unsqueeze(-1), rows, output)
 
     before = embedding.register_forward_pre_hook(replace_ids, with_kwargs=True)

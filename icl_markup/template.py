@@ -21,6 +21,7 @@ writes that character itself. A template without tags is a prompt in plain words
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -103,16 +104,20 @@ class Template:
             )
         return cls.parse(shipped.read_text(encoding="utf-8"), str(name_or_path))
 
-    def with_width(self, width: int) -> Template:
-        """Return the template with every tag of another width.
+    def with_width(self, width: int | Mapping[str, int]) -> Template:
+        """Return the template with every tag of another width, or with those of a mapping from names to widths.
 
         Raises:
-            TemplateError: the width is not from 1 to 1000.
+            TemplateError: a width is not from 1 to 1000.
         """
-        declaration = re.compile(r"^(\s*@tag\s+<[^<>\s]*>)(?:\s+width=\S+)?")
+        widths = {t.name: width for t in self.tags} if isinstance(width, int) else width
+        declaration = re.compile(r"^(\s*@tag\s+(<[^<>\s]*>))(?:\s+width=\S+)?")
+
+        def widened(found: re.Match[str]) -> str:
+            return f"{found[1]} width={widths[found[2]]}" if found[2] in widths else found[0]
+
         lines = self.source.splitlines()
-        source = "\n".join(declaration.sub(lambda found: f"{found[1]} width={width}", line) for line in lines)
-        return Template.parse(source + "\n", self.name)
+        return Template.parse("\n".join(declaration.sub(widened, line) for line in lines) + "\n", self.name)
 
     def without_tag(self, name: str) -> Template:
         """Return the template with a tag taken out wherever it stands.
@@ -120,13 +125,40 @@ class Template:
         Raises:
             TemplateError: the template has no such tag.
         """
-        if name not in {tag.name for tag in self.tags}:
-            raise TemplateError(
-                f"template {self.name!r} has no tag {name}{nearest(name, [tag.name for tag in self.tags])}"
-            )
+        self._check_known(name)
         lines = [line for line in self.source.splitlines() if not re.match(rf"\s*@tag\s+{re.escape(name)}(\s|$)", line)]
-        source = "\n".join(line if line.startswith("#") else line.replace(name, "") for line in lines)
-        return Template.parse(source + "\n", self.name)
+        return self._with_names({name: ""}, lines)
+
+    def renamed(self, names: Mapping[str, str]) -> Template:
+        """Return the template with other names for some tags, all of them given at the same time.
+
+        Args:
+            names: new names by old ones.
+
+        Raises:
+            TemplateError: the template lacks a tag, a new name is none, or two tags would have one name.
+        """
+        for name in names:
+            self._check_known(name)
+        return self._with_names(names, self.source.splitlines())
+
+    def _check_known(self, name: str) -> None:
+        known = [tag.name for tag in self.tags]
+        if name not in known:
+            raise TemplateError(f"template {self.name!r} has no tag {name}{nearest(name, known)}")
+
+    def _with_names(self, names: Mapping[str, str], lines: list[str]) -> Template:
+        # An escape is passed over, so that the characters of `\<demo>` stay what they are.
+        tag = re.compile("|".join([r"\\.", *map(re.escape, names)]))
+
+        def exchanged(line: str) -> str:
+            if line.lstrip().startswith("#"):
+                return line
+            declared = re.match(r"\s*@tag\s+<[^<>\s]*>", line)
+            end = declared.end() if declared else len(line)  # what follows a declared name is width and description
+            return tag.sub(lambda found: names.get(found[0], found[0]), line[:end]) + line[end:]
+
+        return Template.parse("\n".join(map(exchanged, lines)) + "\n", self.name)
 
     @property
     def is_plain(self) -> bool:

@@ -29,10 +29,11 @@ from icl_markup.errors import WarmupError
 from icl_markup.evaluation import answer_queries
 from icl_markup.model import MarkupModel
 from icl_markup.readers import read_task
+from icl_markup.start import Start
 from icl_markup.stream import Position, PromptStream, Step
+from icl_markup.tagfile import tags_of, write_tags
 from icl_markup.tags import tags_in_vocabulary
 from icl_markup.tasks import Task
-from icl_markup.template import Template
 from icl_markup.warmup_config import OptimiserConfig, ValidationConfig, WarmupConfig
 
 __all__ = ["OptimiserConfig", "ValidationConfig", "WarmupConfig", "WarmupResult", "run_warmup"]
@@ -88,22 +89,17 @@ def run_warmup(
     validation_tasks = (
         validation_tasks if validation_tasks is not None else [read_task(s) for s in config.validation_tasks]
     )
+    start = Start.of(config, backbone)
     model = MarkupModel(
         backbone,
-        _template(config),
+        start.template,
+        start.vectors,
         answers=config.answers,
         length_normalised=config.length_normalised,
         initialisation=config.initialisation,
         seed=config.seed,
     )
-    return _Warmup(config, model, tasks, validation_tasks, accelerator, progress).run()
-
-
-def _template(config: WarmupConfig) -> Template:
-    template = Template.load(config.template)
-    if template.is_plain:
-        raise WarmupError(f"template {template.name!r} has no tags: there is nothing to warm up")
-    return template if config.tag_width is None else template.with_width(config.tag_width)
+    return _Warmup(config, model, start, tasks, validation_tasks, accelerator, progress).run()
 
 
 class _Warmup:
@@ -111,6 +107,7 @@ class _Warmup:
         self,
         config: WarmupConfig,
         model: MarkupModel,
+        start: Start,
         tasks: Sequence[Task],
         validation_tasks: Sequence[Task],
         accelerator: Accelerator,
@@ -120,6 +117,9 @@ class _Warmup:
         self.config = config
         self.model = model
         self.table = model.table
+        self.table.freeze(start.frozen)
+        self.start = start
+        self.kept = self.table.frozen.clone()
         self.accelerator = accelerator
         self.show_progress = progress and accelerator.is_main_process
         self.out = Path(config.output)
@@ -161,24 +161,26 @@ class _Warmup:
             self._train()
             if self.model.backbone.checksum() != checksum:
                 raise WarmupError("the backbone's weights changed during the warm-up; the tags were not saved")
-            with torch.no_grad():
-                self.table.rows.copy_(self.best)
+            if not torch.equal(self.table.frozen, self.kept):
+                raise WarmupError("frozen tags changed during the warm-up; the tags were not saved")
             summary = self._summary()
-            if self.accelerator.is_main_process:
-                self.model.save(self.out / "tags", summary)
+            self._save_best(summary)
+            self.table.freeze(())
             self.accelerator.wait_for_everyone()
         finally:
             self.accelerator.end_training()
         return WarmupResult(self.model, self.out / "tags", summary)
 
     def _open_output(self) -> None:
-        comparable = _comparable(self.config)
+        comparable = self._comparable()
         if has_checkpoint(self.out):
             if not self.config.resume:
                 raise WarmupError(
                     f"{self.out}: holds a run already; resume it (--resume true) or choose another output"
                 )
             rows, best, self.progress, before = load_checkpoint(self.out, self.raw_optimizer)
+            # What an earlier version did not know it did as by default.
+            before = {**_comparable(WarmupConfig(tasks=[])), **before}
             changed = next((k for k in comparable if comparable[k] != before.get(k)), None)
             if changed:
                 raise WarmupError(
@@ -297,11 +299,15 @@ class _Warmup:
             "skipped": step.skipped,
         }
 
-    def _fail_on(self, what: str, value: float) -> None:
+    def _save_best(self, summary: dict[str, Any]) -> None:
         with torch.no_grad():
             self.table.rows.copy_(self.best)
+        self.model.origin = tags_of(self.model, summary, self.start.ancestry)
         if self.accelerator.is_main_process:
-            self.model.save(self.out / "tags", self._summary())
+            write_tags(self.model.origin, self.out / "tags")
+
+    def _fail_on(self, what: str, value: float) -> None:
+        self._save_best(self._summary())
         raise WarmupError(
             f"the {what} became {value} at step {self.progress.step + 1}; the tags of step {self.progress.best_step} "
             f"are in {self.out / 'tags'}; lower optimiser.learning_rate or use fp32"
@@ -347,9 +353,12 @@ class _Warmup:
         if self.accelerator.scaler is not None:
             self.progress.loss_scale = self.accelerator.scaler.state_dict()
         if self.accelerator.is_main_process:
-            save_checkpoint(
-                self.out, self.table.rows, self.best, self.raw_optimizer, self.progress, _comparable(self.config)
-            )
+            save_checkpoint(self.out, self.table.rows, self.best, self.raw_optimizer, self.progress, self._comparable())
+
+    def _comparable(self) -> dict[str, Any]:
+        """Return what must not change when the run is resumed; where it began with tags, these are part of it."""
+        found = _comparable(self.config)
+        return {**found, "start_from": list(self.start.checksums)} if self.start.checksums else found
 
     def _summary(self) -> dict[str, Any]:
         state = self.progress
@@ -362,6 +371,7 @@ class _Warmup:
             "precision": self.model.backbone.precision,
             "padding": round(1 - state.tokens / state.positions, 4) if state.positions else 0.0,
             "seed": self.config.seed,
+            **self.start.summary(),
         }
         if self.validation_tasks:
             summary["validation accuracy"] = state.best_accuracy

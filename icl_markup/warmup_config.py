@@ -7,6 +7,7 @@ from typing import Literal
 
 from icl_markup.config import require_positive
 from icl_markup.episodes import EpisodeConfig
+from icl_markup.errors import ConfigError
 from icl_markup.loading import BackboneConfig
 from icl_markup.markup import Answers
 from icl_markup.readers import TaskSource
@@ -95,10 +96,18 @@ class WarmupConfig:
     """A template's name or path."""
 
     tag_width: int | None = None
-    """Soft tokens a tag, instead of the widths that the template gives."""
+    """Soft tokens a tag, instead of the widths that the template gives; tags of start_from keep theirs."""
 
     initialisation: Initialisation = "description"
     """How tags begin."""
+
+    start_from: list[str] = field(default_factory=list)
+    """Tag folders, or names on the hub (user/tags@revision), whose tags the warm-up begins with: those that the
+    template names, at the widths that they have there. The template's other tags are new."""
+
+    train_tags: Literal["all", "new"] | list[str] = "all"
+    """The tags that are trained; the others stay as they began, to the bit. new: those that start_from does not
+    bring. Or their names, such as ["<demo>"]."""
 
     answers: Answers = "symbols"
     """Read option symbols at the slot, or score whole label names."""
@@ -129,3 +138,7 @@ class WarmupConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "save_every", *(["most_tasks"] if self.most_tasks is not None else []))
+        if self.train_tags == "new" and not self.start_from:
+            raise ConfigError("train_tags: new: every tag is new; name in start_from the tags to begin with")
+        if not self.train_tags:
+            raise ConfigError("train_tags: [] trains nothing; name the tags to train")

@@ -137,6 +137,6 @@ def test_the_card_tells_what_the_tags_are_for(bert: Backbone, tmp_path: Path) ->
     saved(tmp_path / "tags", bert)
     card = (tmp_path / "tags" / "README.md").read_text()
     assert "tiny-bert" in card
-    assert "MarkupModel.from_tags" in card
+    assert "MarkupModel.from_pretrained" in card
     assert "`<demo>` | 2" in card
     assert "steps: 3" in card

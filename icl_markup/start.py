@@ -1,0 +1,100 @@
+"""What a warm-up begins with: tags of earlier ones, and which of them are trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from icl_markup.ancestry import Ancestry
+from icl_markup.backbone import Backbone
+from icl_markup.compose import gathered, widened
+from icl_markup.errors import ConfigError, TagFileError, WarmupError, nearest
+from icl_markup.fingerprint import Fingerprint
+from icl_markup.tagfile import TagFile, read_tags
+from icl_markup.template import Template
+from icl_markup.warmup_config import WarmupConfig
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a warm-up begins with.
+
+    Attributes:
+        template: the template, its tags as wide as they are.
+        vectors: the rows of tags that other files bring, by name.
+        frozen: the tags that are not trained.
+        ancestry: the files; None where there are none.
+        checksums: the SHA-256 of each file's tensors, by which a resumed run knows them again.
+    """
+
+    template: Template
+    vectors: dict[str, Tensor]
+    frozen: tuple[str, ...]
+    ancestry: Ancestry | None
+    checksums: tuple[str, ...]
+
+    @classmethod
+    def of(cls, config: WarmupConfig, backbone: Backbone) -> Start:
+        """Read what a configuration begins with.
+
+        Raises:
+            WarmupError: the template has no tags, or none is left to train.
+            ConfigError: `train_tags` names a tag that the template lacks.
+            TagFileError: a file cannot be read, is for another backbone, has none of the template's tags, or clashes
+                with another.
+        """
+        template = Template.load(config.template)
+        if template.is_plain:
+            raise WarmupError(f"template {template.name!r} has no tags: there is nothing to warm up")
+        if config.tag_width is not None:
+            template = template.with_width(config.tag_width)
+        files = [read_tags(tags) for tags in config.start_from]
+        if not files:
+            return cls(template, {}, _frozen(config, template, {}), None, ())
+        _check_backbone(files, backbone)
+        vectors, parents = gathered(files, [tag.name for tag in template.tags])
+        return cls(
+            widened(template, vectors),
+            vectors,
+            _frozen(config, template, vectors),
+            Ancestry("warm-up", tuple(parents)),
+            tuple(file.tensors_sha256 for file in files),
+        )
+
+    def summary(self) -> dict[str, Any]:
+        """Return what the summary of the warm-up says about it."""
+        names = [tag.name for tag in self.template.tags]
+        told = {"trained tags": [name for name in names if name not in self.frozen], "frozen tags": list(self.frozen)}
+        return told if self.frozen or self.ancestry else {}
+
+
+def _frozen(config: WarmupConfig, template: Template, vectors: dict[str, Tensor]) -> tuple[str, ...]:
+    names = [tag.name for tag in template.tags]
+    if config.train_tags == "all":
+        return ()
+    if config.train_tags == "new":
+        trained = [name for name in names if name not in vectors]
+        if not trained:
+            raise WarmupError(
+                f"train_tags: new: template {template.name!r} has no tag that {', '.join(config.start_from)} lacks; "
+                "there is nothing to warm up"
+            )
+    else:
+        trained = list(config.train_tags)
+        for name in trained:
+            if name not in names:
+                raise ConfigError(f"train_tags: template {template.name!r} has no tag {name}{nearest(name, names)}")
+    return tuple(name for name in names if name not in trained)
+
+
+def _check_backbone(files: Sequence[TagFile], backbone: Backbone) -> None:
+    mine = Fingerprint.of(backbone)
+    for file in files:
+        difference = file.fingerprint.difference(mine)
+        if difference:
+            raise TagFileError(
+                f"start_from: {file.label}: made for {file.backbone['name']!r}, not for {backbone.name!r}: {difference}"
+            )
