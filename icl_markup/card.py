@@ -17,6 +17,13 @@ def model_card(details: dict[str, Any], tensor_bytes: int) -> str:
     revision = f" at revision `{backbone['revision']}`" if backbone["revision"] else ""
     rows = "\n".join(f"| `{t['name']}` | {t['width']} | {t['description']} |" for t in details["tags"])
     trained = "\n".join(f"- {key}: {_plain(value)}" for key, value in training.items()) or "- not trained"
+    chat = details.get("chat")
+    where = (
+        "\nA prompt is the message of a user in the model's chat template, which the folder brings along"
+        + (f", with this system message:\n\n{_quoted(chat['system'])}\n" if chat["system"] else ".\n")
+        if chat
+        else ""
+    )
     return f"""---
 library_name: icl-markup
 tags: [icl-markup, soft-prompt, few-shot-classification, {backbone["kind"]}]
@@ -45,7 +52,7 @@ print(answer.label, answer.probabilities)
 ```
 {details["template"]["source"].strip()}
 ```
-
+{where}
 ## Warm-up
 
 {trained}
@@ -55,6 +62,10 @@ print(answer.label, answer.probabilities)
 The tags fit the one backbone they were made for; loading them on another is refused. They were measured on the
 tasks named above only: measure them on yours before you rely on them. Probabilities are not calibrated.
 """
+
+
+def _quoted(text: str) -> str:
+    return "\n".join(f"> {line}" for line in text.splitlines())
 
 
 def _plain(value: Any) -> str:

@@ -18,6 +18,7 @@ from sklearn.utils import Tags
 
 from icl_markup.asking import Asker
 from icl_markup.calibration import Calibration, out_of_scope, shifted, with_rejection
+from icl_markup.chat import ChatConfig
 from icl_markup.classifier_input import (
     check_described,
     check_parameters,
@@ -59,6 +60,7 @@ class MarkupClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             untrained tags of `template`.
         backbone: a transformers folder or hub name; None: the tags' own, or the one embedded in the package.
         template: the template, where no tags are given.
+        chat: the model's chat template around prompts, where no tags are given; tags bring theirs along.
         descriptions: longer descriptions of labels, by label; used by templates with ``{description}``.
         task_description: for templates with the field ``{task}``.
         none_of_the_above: None: every text gets a label; ``option``: the last option of every prompt; ``threshold``:
@@ -95,6 +97,7 @@ class MarkupClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         *,
         backbone: str | None = None,
         template: str = "markup",
+        chat: ChatConfig | None = None,
         descriptions: Mapping[Any, str] | None = None,
         task_description: str = "",
         none_of_the_above: Literal["option", "threshold"] | None = None,
@@ -114,6 +117,7 @@ class MarkupClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.tags = tags
         self.backbone = backbone
         self.template = template
+        self.chat = chat
         self.descriptions = descriptions
         self.task_description = task_description
         self.none_of_the_above = none_of_the_above
@@ -318,7 +322,7 @@ class MarkupClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         config = None
         if self.backbone is not None or self.device != "auto":
             config = BackboneConfig(self.backbone or "", device=self.device)
-        return load_shared(self.tags, config, self.template, self.random_state)
+        return load_shared(self.tags, config, self.template, self.random_state, self.chat)
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(super().__getstate__())

@@ -109,7 +109,6 @@ def _parser() -> argparse.ArgumentParser:
     show = commands.add_parser("show", help="show a prompt as pieces and ids")
     _add_model(show)
     _add_episode(show)
-    show.add_argument("--chat", action="store_true", help="put the tokenizer's chat template around it")
     show.add_argument("texts", nargs=1, metavar="text", help="the text to classify")
     show.set_defaults(run=_show)
 
@@ -133,7 +132,14 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--template", help="a template's name or path, where no tags are given (default: markup)")
     parser.add_argument("--answers", choices=["symbols", "names"], default="symbols",
                         help="read option symbols, or score whole names (beyond 26 labels anyway)")  # fmt: skip
+    _add_chat(parser)
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps …")
+
+
+def _add_chat(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--chat", action="store_true", help="put prompts into the model's chat template (tags bring "
+                        "along whether they stand in one)")  # fmt: skip
+    parser.add_argument("--system", metavar="TEXT", help="with --chat: a system message before the prompt")
 
 
 def _add_fit(parser: argparse.ArgumentParser) -> None:
@@ -142,6 +148,7 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tags", help="a folder of warmed-up tags (default: untrained ones)")
     parser.add_argument("--backbone", help="a transformers folder or hub name (default: the tags', or embedded)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps …")
+    _add_chat(parser)
     parser.add_argument("--text-column", default="text")
     parser.add_argument("--label-column", default="label")
     parser.add_argument("--shots", type=int, help="keep the first so many examples of each label (default: all)")
@@ -243,7 +250,7 @@ def _show(args: argparse.Namespace, _overrides: list[str]) -> None:
     from icl_markup.inspection import print_prompt
     from icl_markup.serving import load_for, task_episode
 
-    print_prompt(load_for(args), task_episode(args), args.texts[0], chat=args.chat)
+    print_prompt(load_for(args), task_episode(args), args.texts[0])
 
 
 def _tags(args: argparse.Namespace, _overrides: list[str]) -> None:

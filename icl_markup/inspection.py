@@ -44,15 +44,12 @@ def prompt_pieces(model: MarkupModel, prompt: Prompt) -> list[tuple[Piece, str]]
     return [(p, names[p.ids[0]] if p.kind == "tag" else decode(list(p.ids))) for p in prompt.pieces]
 
 
-def print_prompt(model: MarkupModel, episode: Episode, text: str, *, chat: bool = False) -> None:
+def print_prompt(model: MarkupModel, episode: Episode, text: str) -> None:
     """Print the prompt that asks about `text`.
 
     Raises:
         PromptError: it cannot be composed.
-        BackboneError: `chat` is asked for and the tokenizer has no chat template.
     """
-    if chat:
-        model.markup.layout = model.markup.layout.with_chat(model.backbone.tokenizer)
     prompt = model.markup.compose(replace(episode, queries=(Query(text),)))
     console = Console(soft_wrap=True)
     table = Table(title=escape(f"{len(prompt.ids)} tokens for {model.backbone.name} ({model.backbone.kind})"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from icl_markup.backbone import Backbone
+from icl_markup.chat import ChatConfig
 from icl_markup.episodes import Episode
 from icl_markup.errors import PromptError
 from icl_markup.loading import BackboneConfig
@@ -24,14 +25,25 @@ def load_for(args: argparse.Namespace) -> MarkupModel:
     """
     if not args.tags:
         backbone = Backbone.load(BackboneConfig(args.backbone or "embedded", device=args.device))
-        return MarkupModel(backbone, args.template or "markup", answers=args.answers)
+        return MarkupModel(backbone, args.template or "markup", answers=args.answers, chat=chat_of(args))
     if args.template:
         raise PromptError("--tags brings its own template; leave --template away")
     if args.answers != "symbols":
         raise PromptError("--tags brings along how it is answered; leave --answers away")
+    if args.chat or args.system:
+        raise PromptError("--tags brings along the chat that it was warmed up in; leave --chat and --system away")
     saved = read_tags(args.tags).backbone
     revision = None if args.backbone else saved["revision"]
     return load_model(args.tags, BackboneConfig(args.backbone or saved["name"], revision, device=args.device))
+
+
+def chat_of(args: argparse.Namespace) -> ChatConfig:
+    """Return the chat that `--chat` and `--system` name.
+
+    Raises:
+        ConfigError: a system message is given, and no chat.
+    """
+    return ChatConfig(enabled=args.chat, system=args.system or "")
 
 
 def ask_for(args: argparse.Namespace) -> Ask:
@@ -49,7 +61,7 @@ def ask_for(args: argparse.Namespace) -> Ask:
         raise PromptError("--classifier brings along how it is answered; leave --answers away")
     if not args.classifier:
         return ask_model(load_for(args), task_episode(args), args.batch_tokens or 2048, args.top)
-    for name in ("tags", "backbone", "template", "labels", "task", "demo", "none_of_the_above"):
+    for name in ("tags", "backbone", "template", "chat", "system", "labels", "task", "demo", "none_of_the_above"):
         if getattr(args, name):
             raise PromptError(f"--classifier brings its own {name}; leave --{name.replace('_', '-')} away")
     from icl_markup.classifier import MarkupClassifier

@@ -8,6 +8,7 @@ from threading import Lock
 from typing import Any
 
 from icl_markup.backbone import Backbone
+from icl_markup.chat import ChatConfig
 from icl_markup.loading import BackboneConfig
 from icl_markup.model import MarkupModel
 from icl_markup.tagfile import load_model, read_tags
@@ -21,7 +22,13 @@ _latest: list[MarkupModel] = []
 _lock = Lock()
 
 
-def load_shared(tags: str | Path | None, config: BackboneConfig | None, template: str | Path, seed: int) -> MarkupModel:
+def load_shared(
+    tags: str | Path | None,
+    config: BackboneConfig | None,
+    template: str | Path,
+    seed: int,
+    chat: ChatConfig | None = None,
+) -> MarkupModel:
     """Return the model of some tags, or of untrained ones of a template; loaded unless some classifier holds it.
 
     Args:
@@ -29,6 +36,7 @@ def load_shared(tags: str | Path | None, config: BackboneConfig | None, template
         config: the backbone and its device; an empty name, or None: the tags' own, or the embedded one.
         template: the template of untrained tags.
         seed: their seed.
+        chat: their chat; tags of a folder bring their own along.
 
     Raises:
         TagFileError, BackboneError, TemplateError: something cannot be loaded.
@@ -46,9 +54,10 @@ def load_shared(tags: str | Path | None, config: BackboneConfig | None, template
                 found.template.source,
                 found.answers,
                 found.length_normalised,
+                found.chat,
             )
         else:
-            state = (Template.load(template).source, seed)
+            state = (Template.load(template).source, seed, repr(chat or ChatConfig()))
         wanted = BackboneConfig(name or "embedded", revision, device=device)
         key = (tags is not None, *state, wanted)
         model = _models.get(key)
@@ -56,7 +65,10 @@ def load_shared(tags: str | Path | None, config: BackboneConfig | None, template
             backbone = _backbones.get(wanted)
             if backbone is None:
                 backbone = _backbones[wanted] = Backbone.load(wanted)
-            model = MarkupModel(backbone, template, seed=seed) if tags is None else load_model(tags, backbone)
+            if tags is None:
+                model = MarkupModel(backbone, template, seed=seed, chat=chat)
+            else:
+                model = load_model(tags, backbone)
             _models[key] = model
         _latest[:] = [model]
         return model

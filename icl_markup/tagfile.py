@@ -22,6 +22,7 @@ from torch import Tensor
 
 from icl_markup.backbone import Backbone
 from icl_markup.card import model_card
+from icl_markup.chat import ChatFrame
 from icl_markup.errors import TagFileError, TemplateError
 from icl_markup.fingerprint import Fingerprint
 from icl_markup.loading import BackboneConfig
@@ -29,6 +30,9 @@ from icl_markup.model import MarkupModel
 from icl_markup.template import Template
 
 FORMAT = 1
+FORMAT_IN_CHAT = 2
+"""The format of tags that stand in a chat, which a version that knows no chats must not read."""
+
 _TENSORS, _DETAILS, _CARD = "tags.safetensors", "tags.json", "README.md"
 
 
@@ -45,6 +49,7 @@ class TagFile:
         answers: symbols or names.
         length_normalised: whether names are scored by the mean log-probability of their tokens.
         training: the summary of the warm-up; empty for untrained tags.
+        chat: what stands around a prompt in a chat, as it was when the tags were warmed up; None: no chat.
         tensors_sha256: the checksum of ``tags.safetensors``.
     """
 
@@ -56,6 +61,7 @@ class TagFile:
     answers: str
     length_normalised: bool
     training: dict[str, Any]
+    chat: ChatFrame | None = None
     tensors_sha256: str = ""
 
 
@@ -86,6 +92,8 @@ def save_model(model: MarkupModel, folder: str | Path, training: dict[str, Any] 
         "length_normalised": model.length_normalised,
         "training": training or {},
     }
+    if model.chat is not None:
+        details |= {"format": FORMAT_IN_CHAT, "chat": model.chat.to_json()}
     files = {
         _TENSORS: tensors,
         _DETAILS: (json.dumps(details, indent=1, ensure_ascii=False) + "\n").encode(),
@@ -125,6 +133,7 @@ def read_tags(folder: str | Path) -> TagFile:
             str(details["answers"]),
             bool(details["length_normalised"]),
             dict(details["training"]),
+            ChatFrame.from_json(details["chat"]) if details["format"] == FORMAT_IN_CHAT else None,
             str(details["tensors_sha256"]),
         )
         declared = {str(t["name"]): int(t["width"]) for t in details["tags"]}
@@ -160,7 +169,14 @@ def load_model(folder: str | Path, backbone: Backbone | BackboneConfig | None = 
             f"{folder}: these tags were made for {tags.backbone['name']!r}, not for {backbone.name!r}: {difference}"
         )
     answers: Any = tags.answers
-    return MarkupModel(backbone, tags.template, tags.vectors, answers=answers, length_normalised=tags.length_normalised)
+    return MarkupModel(
+        backbone,
+        tags.template,
+        tags.vectors,
+        answers=answers,
+        length_normalised=tags.length_normalised,
+        chat=tags.chat,
+    )
 
 
 def _read_details(path: Path) -> dict[str, Any]:
@@ -172,8 +188,10 @@ def _read_details(path: Path) -> dict[str, Any]:
         raise TagFileError(f"{path}: damaged: not valid JSON ({error})") from error
     if not isinstance(details, dict) or "format" not in details:
         raise TagFileError(f"{path}: damaged: no format version")
-    if details["format"] != FORMAT:
-        raise TagFileError(f"{path}: format {details['format']!r}; this version reads format {FORMAT}")
+    if details["format"] not in (FORMAT, FORMAT_IN_CHAT):
+        raise TagFileError(
+            f"{path}: format {details['format']!r}; this version reads formats {FORMAT} and {FORMAT_IN_CHAT}"
+        )
     return details
 
 

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from transformers import get_scheduler
 
 from icl_markup.backbone import Backbone
+from icl_markup.chat import NO_CHAT
 from icl_markup.checkpoint import Progress, has_checkpoint, load_checkpoint, save_checkpoint
 from icl_markup.config import to_dict
 from icl_markup.episodes import EpisodeConfig, EpisodeSampler
@@ -95,6 +96,7 @@ def run_warmup(
         length_normalised=config.length_normalised,
         initialisation=config.initialisation,
         seed=config.seed,
+        chat=config.chat,
     )
     return _Warmup(config, model, tasks, validation_tasks, accelerator, progress).run()
 
@@ -179,6 +181,7 @@ class _Warmup:
                     f"{self.out}: holds a run already; resume it (--resume true) or choose another output"
                 )
             rows, best, self.progress, before = load_checkpoint(self.out, self.raw_optimizer)
+            before = {"chat": NO_CHAT, **before}
             changed = next((k for k in comparable if comparable[k] != before.get(k)), None)
             if changed:
                 raise WarmupError(
