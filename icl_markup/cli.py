@@ -16,6 +16,7 @@ from tqdm import tqdm
 from icl_markup.config import describe, load_config
 from icl_markup.errors import MarkupError, PromptError
 from icl_markup.serve import add_arguments as add_serve_arguments
+from icl_markup.understand import add_commands as add_understanding
 
 _FIT = "Make a classifier of labels and examples; nothing is trained. Writes a folder for predict and serve."
 _PREDICT = """Classify texts; writes JSONL. Exit codes: 0 done; 1 done, but some texts have an error instead of an
@@ -112,10 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("texts", nargs=1, metavar="text", help="the text to classify")
     show.set_defaults(run=_show)
 
-    tags = commands.add_parser("tags", help="inspect a tag folder")
-    tags.add_argument("folder", help="the tag folder")
-    tags.add_argument("--nearest", type=int, default=5, help="how many nearest vocabulary tokens to show")
-    tags.set_defaults(run=_tags)
+    add_understanding(commands, _add_model, _add_episode)
 
     quickstart = commands.add_parser("quickstart", help="warm up and measure on the embedded default")
     quickstart.add_argument("--output", default="runs/quickstart", help="the folder for the run")
@@ -251,12 +249,6 @@ def _show(args: argparse.Namespace, _overrides: list[str]) -> None:
     from icl_markup.serving import load_for, task_episode
 
     print_prompt(load_for(args), task_episode(args), args.texts[0])
-
-
-def _tags(args: argparse.Namespace, _overrides: list[str]) -> None:
-    from icl_markup.inspection import print_tags
-
-    print_tags(Path(args.folder), args.nearest)
 
 
 def _quickstart(args: argparse.Namespace, _overrides: list[str]) -> None:
