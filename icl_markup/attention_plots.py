@@ -98,7 +98,8 @@ def _parts(axis: Axes, one: SlotAttention, brightest: float, names: bool) -> Non
             if not np.isnan(value):
                 ink = "white" if value > 0.6 * brightest else INK
                 text = f"{100 * value:.0f}" if value >= 0.005 or value == 0 else "<1"
-                axis.text(column, row, text, ha="center", va="center", fontsize=SMALL, color=ink)
+                written_share = axis.text(column, row, text, ha="center", va="center", fontsize=SMALL, color=ink)
+                written_share.set_in_layout(False)  # it lies within its cell, and measuring it takes time
 
 
 def _kinds(axis: Axes, one: SlotAttention) -> None:

@@ -163,10 +163,10 @@ class ChatFrame:
         Raises:
             TypeError, KeyError, ValueError: the data is not a frame.
         """
-        texts = [data[name] for name in ("before", "system", "between", "after")]
-        if not all(isinstance(text, str) for text in texts) or not isinstance(data["trims"], bool):
+        texts = {name: data[name] for name in ("before", "system", "between", "after")}
+        if not all(isinstance(text, str) for text in texts.values()) or not isinstance(data["trims"], bool):
             raise TypeError("chat is not four texts and a truth value")
-        return cls(*texts, data["trims"])
+        return cls(**texts, trims=data["trims"])
 
 
 def _template(tokenizer: PreTrainedTokenizerBase, config: ChatConfig) -> tuple[str, str]:

@@ -114,6 +114,8 @@ def load_classifier(folder: str | Path, device: str = "auto", batch_tokens: int 
         answers = [classes[_index(one["class"], len(classes))] for one in details["demonstrations"]]
         calibration = Calibration.from_json(details["calibration"])
         config = BackboneConfig(str(backbone["name"]), backbone["revision"], device=device)
+        if template is None and details["format"] == FORMAT_IN_CHAT:
+            raise ValueError(f"format {FORMAT_IN_CHAT} without the template that stands in a chat")
         if template is not None:
             chat = ChatFrame.from_json(template["chat"]) if details["format"] == FORMAT_IN_CHAT else None
             template = {key: template[key] for key in ("source", "answers", "length_normalised")} | {"chat": chat}

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
 from icl_markup.plot_style import DPI, GRID, INK, LARGE, MUTED, NORMAL, SMALL, clean, spread_out
@@ -30,8 +31,8 @@ def picture(found: Folders) -> Figure:
     lies along them. One shows the norms of both, and one the similarity of tags: cosines after the vocabulary's mean
     is subtracted, soft token by soft token for one folder, and of each tag's mean for several.
     """
-    figure = Figure(figsize=(11.4, 10.6), dpi=DPI, layout="constrained", facecolor="white")
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.1, hspace=0.04, wspace=0.03)  # type: ignore[union-attr]
+    air = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.1, hspace=0.04, wspace=0.03)
+    figure = Figure(figsize=(11.4, 10.6), dpi=DPI, layout=air, facecolor="white")
     backbone = clean(str(found.files[0].backbone["name"]), 60)
     figure.suptitle(f"Tags among the vocabulary of {backbone}", x=0.01, ha="left", fontsize=LARGE, color=INK,
                     fontweight="bold")  # fmt: skip
@@ -123,7 +124,7 @@ def _norms(axis: Axes, found: Folders) -> None:
     axis.set_yticks([*ticks, *lanes], [*(f"{tick:,.0f}" for tick in ticks), *(clean(name, 18) for name in names)])
     axis.set_xlim(0, bins[-1])
     axis.set_xlabel("Euclidean norm", fontsize=SMALL, color=INK)
-    axis.text(0.015, 0.975, "tokens of the vocabulary", transform=axis.transAxes, va="top", fontsize=SMALL, color=INK)
+    axis.text(0.015, 0.975, "tokens of the vocabulary a bar", transform=axis.transAxes, va="top", fontsize=SMALL, color=INK)
 
 
 def _matrix(figure: Figure, axis: Axes, found: Folders) -> None:
@@ -150,8 +151,9 @@ def _matrix(figure: Figure, axis: Axes, found: Folders) -> None:
             for j in places:
                 ink = "white" if abs(values[i, j]) > 0.65 else INK
                 size = SMALL if len(names) <= 10 else 6.0
-                axis.text(j, i, f"{values[i, j]:.2f}".replace("-", "−"), ha="center", va="center", fontsize=size,
-                          color=ink)  # fmt: skip
+                number = f"{values[i, j]:.2f}".replace("-", "−")
+                shown = axis.text(j, i, number, ha="center", va="center", fontsize=size, color=ink)
+                shown.set_in_layout(False)  # it lies within the matrix, and measuring it takes time
     bar = figure.colorbar(image, ax=axis, shrink=0.8, pad=0.02)
     bar.set_label("cosine, the vocabulary's mean subtracted", fontsize=SMALL, color=INK)
     bar.ax.tick_params(labelsize=SMALL, colors=INK, length=2, color=MUTED)
