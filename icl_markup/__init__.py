@@ -6,6 +6,7 @@ The data's way through the modules: `tasks` (read by `readers`) â†’ `episodes` â
 """
 
 from icl_markup.backbone import Backbone
+from icl_markup.chat import ChatConfig
 from icl_markup.classifier import MarkupClassifier
 from icl_markup.config import load_config
 from icl_markup.episodes import Demo, Episode, EpisodeConfig, EpisodeSampler, Option, Query
@@ -25,6 +26,7 @@ __all__ = [
     "NONE_OF_THE_ABOVE",
     "Backbone",
     "BackboneConfig",
+    "ChatConfig",
     "Demo",
     "Episode",
     "EpisodeConfig",

@@ -60,6 +60,15 @@ class OptionSymbols:
                 break
         return cls(tuple(found.values()), tuple(found), spaced and encoder.marks_spaces)
 
+    def without_space(self, encoder: TextEncoder) -> tuple[int, ...]:
+        """Return the ids of the same letters as they answer where no space stands before them.
+
+        They are those of `ids` where not all letters are single, distinct tokens without a space.
+        """
+        bare = [encoder.encode(letter) for letter in self.letters]
+        found = {ids[0] for ids in bare if len(ids) == 1} - {encoder.unknown_id}
+        return tuple(ids[0] for ids in bare) if len(found) == len(self.ids) else self.ids
+
     @property
     def capitals(self) -> int:
         """How many of the symbols are capital letters."""

@@ -219,6 +219,14 @@ class Backbone:
 
     def _hidden(self, batch: Batch, table: TagTable | None) -> Tensor:
         """Run the model; return what its head is given at the slots, of shape (slots, hidden width)."""
+        with self.reading(batch) as reading:
+            hidden = self.hidden_states(reading.inputs, table)
+        rows = batch.rows.to(self.device)
+        return hidden[rows, reading.positions(rows, batch.positions.to(self.device))]
+
+    @contextmanager
+    def reading(self, batch: Batch) -> Iterator[Reading]:
+        """While active, a call of the model on `Reading.inputs` reads the batch as it is read for its slots."""
         inputs: dict[str, Any] = {
             "input_ids": batch.input_ids.to(self.device),
             "attention_mask": batch.attention_mask.to(self.device),
@@ -228,9 +236,7 @@ class Backbone:
         if self.kind != "masked":
             inputs["use_cache"] = False
         with self.lock, self._segments(batch) as reading:
-            hidden = self.hidden_states({**inputs, **reading.inputs}, table)
-        rows = batch.rows.to(self.device)
-        return hidden[rows, reading.positions(rows, batch.positions.to(self.device))]
+            yield reading._replace(inputs={**inputs, **reading.inputs})
 
     def hidden_states(self, inputs: Mapping[str, Any], table: TagTable | None = None) -> Tensor:
         """Run the model on its own keyword arguments; return what its head is given, (rows, length, hidden width)."""

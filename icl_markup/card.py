@@ -72,7 +72,7 @@ commit.
 ## Template
 
 {_fenced(details["template"]["source"].strip())}
-
+{_around(details.get("chat"))}
 ## Training
 
 {_training(training, ancestry)}
@@ -210,6 +210,13 @@ def _fenced(text: str) -> str:
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}\n{text}\n{fence}"
+
+
+def _around(chat: Mapping[str, Any] | None) -> str:
+    if not chat:
+        return ""
+    told = "\nA prompt is the message of a user in the model's chat template, which the folder brings along"
+    return f"{told}, with this system message:\n\n{_fenced(str(chat['system']))}\n" if chat["system"] else f"{told}.\n"
 
 
 def _plain(value: Any) -> str:

@@ -18,6 +18,7 @@ from sklearn.utils import Tags
 
 from icl_markup.asking import Asker
 from icl_markup.calibration import Calibration, out_of_scope, shifted, with_rejection
+from icl_markup.chat import ChatConfig
 from icl_markup.classifier_input import (
     check_described,
     check_parameters,
@@ -60,6 +61,7 @@ class MarkupClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             `MarkupModel`; or None for the backbone with untrained tags of `template`.
         backbone: a transformers folder or hub name; None: the tags' own, or the one embedded in the package.
         template: the template; None: that of the tags, or ``markup`` where there are none.
+        chat: the model's chat template around prompts, where no tags are given; tags bring theirs along.
         descriptions: longer descriptions of labels, by label; used by templates with ``{description}``.
         task_description: for templates with the field ``{task}``.
         none_of_the_above: None: every text gets a label; ``option``: the last option of every prompt; ``threshold``:
@@ -100,6 +102,7 @@ class MarkupClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         *,
         backbone: str | None = None,
         template: str | None = None,
+        chat: ChatConfig | None = None,
         descriptions: Mapping[Any, str] | None = None,
         task_description: str = "",
         none_of_the_above: Literal["option", "threshold"] | None = None,
@@ -120,6 +123,7 @@ class MarkupClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.tags = tags
         self.backbone = backbone
         self.template = template
+        self.chat = chat
         self.descriptions = descriptions
         self.task_description = task_description
         self.none_of_the_above = none_of_the_above
@@ -319,7 +323,7 @@ class MarkupClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         config = None
         if self.backbone is not None or self.device != "auto":
             config = BackboneConfig(self.backbone or "", device=self.device)
-        return load_shared(self.tags, config, self.template, self.random_state)
+        return load_shared(self.tags, config, self.template, self.random_state, self.chat)
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(super().__getstate__())

@@ -15,6 +15,7 @@ import numpy as np
 
 from icl_markup.backbone import Backbone
 from icl_markup.calibration import Calibration
+from icl_markup.chat import ChatFrame
 from icl_markup.errors import ConfigError, MarkupError, TagFileError
 from icl_markup.folders import replace_folder
 from icl_markup.loading import BackboneConfig
@@ -28,7 +29,10 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 FILE, TAGS = "classifier.json", "tags"
-_ELSEWHERE = ("tags", "backbone", "template", "device", "descriptions")
+FORMAT_IN_CHAT = 2
+"""The format of classifiers whose template has no tags and stands in a chat."""
+
+_ELSEWHERE = ("tags", "backbone", "template", "chat", "device", "descriptions")
 """Parameters that are not written as they are: the tags lie in a folder of their own, the device is the reader's."""
 
 
@@ -55,6 +59,8 @@ def save_classifier(classifier: MarkupClassifier, folder: str | Path) -> Path:
         ],
         "calibration": classifier.calibration_.to_json(),
     }
+    if model.table is None and model.chat is not None:
+        details["format"] = FORMAT_IN_CHAT
     try:
         text = json.dumps(details, indent=1, ensure_ascii=False, default=_plain) + "\n"
     except TypeError as error:
@@ -109,8 +115,11 @@ def load_classifier(folder: str | Path, device: str = "auto", batch_tokens: int 
         answers = [classes[_index(one["class"], len(classes))] for one in details["demonstrations"]]
         calibration = Calibration.from_json(details["calibration"])
         config = BackboneConfig(str(backbone["name"]), backbone["revision"], device=device)
+        if template is None and details["format"] == FORMAT_IN_CHAT:
+            raise ValueError(f"format {FORMAT_IN_CHAT} without the template that stands in a chat")
         if template is not None:
-            template = {key: template[key] for key in ("source", "answers", "length_normalised")}
+            chat = ChatFrame.from_json(template["chat"]) if details["format"] == FORMAT_IN_CHAT else None
+            template = {key: template[key] for key in ("source", "answers", "length_normalised")} | {"chat": chat}
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         if isinstance(error, MarkupError):
             raise
@@ -132,12 +141,17 @@ def _template_of(model: MarkupModel) -> dict[str, Any]:
         "source": model.template.source,
         "answers": model.answers,
         "length_normalised": model.length_normalised,
+        **({} if model.chat is None else {"chat": model.chat.to_json()}),
     }
 
 
-def _plain_model(config: BackboneConfig, source: str, answers: Any, length_normalised: bool) -> MarkupModel:
+def _plain_model(
+    config: BackboneConfig, source: str, answers: Any, length_normalised: bool, chat: ChatFrame | None
+) -> MarkupModel:
     template = Template.parse(str(source), "saved")
-    return MarkupModel(Backbone.load(config), template, answers=answers, length_normalised=bool(length_normalised))
+    return MarkupModel(
+        Backbone.load(config), template, answers=answers, length_normalised=bool(length_normalised), chat=chat
+    )
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -149,8 +163,10 @@ def _read(path: Path) -> dict[str, Any]:
         raise TagFileError(f"{path}: damaged: not valid JSON ({error})") from error
     if not isinstance(details, dict) or "format" not in details:
         raise TagFileError(f"{path}: damaged: no format version")
-    if details["format"] != FORMAT:
-        raise TagFileError(f"{path}: format {details['format']!r}; this version reads format {FORMAT}")
+    if details["format"] not in (FORMAT, FORMAT_IN_CHAT):
+        raise TagFileError(
+            f"{path}: format {details['format']!r}; this version reads formats {FORMAT} and {FORMAT_IN_CHAT}"
+        )
     return details
 
 

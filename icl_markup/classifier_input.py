@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from icl_markup.chat import ChatConfig
 from icl_markup.errors import ConfigError, PromptError
 from icl_markup.tasks import NONE_OF_THE_ABOVE
 from icl_markup.text import is_encodable
@@ -54,6 +55,10 @@ def check_parameters(classifier: Any) -> None:
         raise ConfigError(f"task_description: {_shown(classifier.task_description)} is no text")
     if not isinstance(classifier.random_state, (int, np.integer)):
         raise ConfigError(f"random_state: {classifier.random_state!r} is not a whole number")
+    if classifier.chat is not None and not isinstance(classifier.chat, ChatConfig):
+        raise ConfigError(f"chat: {classifier.chat!r} is no ChatConfig; write chat=ChatConfig(enabled=True)")
+    if classifier.chat is not None and classifier.chat.enabled and classifier.tags is not None:
+        raise ConfigError("chat: tags bring along the chat that they were warmed up in; leave it away")
     _check_descriptions(classifier.descriptions)
     for name in ("threshold", "retriever_weight"):
         value = getattr(classifier, name)

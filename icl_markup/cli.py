@@ -17,6 +17,7 @@ from icl_markup.config import describe, load_config
 from icl_markup.errors import MarkupError, PromptError
 from icl_markup.serve import add_arguments as add_serve_arguments
 from icl_markup.tag_commands import add_tag_commands
+from icl_markup.understand import add_commands as add_understanding
 
 _FIT = "Make a classifier of labels and examples; nothing is trained. Writes a folder for predict and serve."
 _PREDICT = """Classify texts; writes JSONL. Exit codes: 0 done; 1 done, but some texts have an error instead of an
@@ -110,15 +111,10 @@ def _parser() -> argparse.ArgumentParser:
     show = commands.add_parser("show", help="show a prompt as pieces and ids")
     _add_model(show)
     _add_episode(show)
-    show.add_argument("--chat", action="store_true", help="put the tokenizer's chat template around it")
     show.add_argument("texts", nargs=1, metavar="text", help="the text to classify")
     show.set_defaults(run=_show)
 
-    tags = commands.add_parser("tags", help="inspect a tag folder")
-    tags.add_argument("folder", help="the tag folder or hub name")
-    tags.add_argument("--revision", help="a commit, tag or branch of the hub")
-    tags.add_argument("--nearest", type=int, default=5, help="how many nearest vocabulary tokens to show")
-    tags.set_defaults(run=_tags)
+    add_understanding(commands, _add_model, _add_episode)
 
     add_tag_commands(commands)
 
@@ -134,6 +130,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--template", help="a template's name or path (default: the tags', or markup)")
     parser.add_argument("--answers", choices=["symbols", "names"], default="symbols",
                         help="read option symbols, or score whole names (beyond 26 labels anyway)")  # fmt: skip
+    _add_chat(parser)
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps …")
 
 
@@ -142,12 +139,19 @@ def _add_tags(parser: argparse.ArgumentParser, text: str) -> None:
     parser.add_argument("--revision", help="a commit, tag or branch of --tags on the hub; or write user/tags@revision")
 
 
+def _add_chat(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--chat", action="store_true", help="put prompts into the model's chat template (tags bring "
+                        "along whether they stand in one)")  # fmt: skip
+    parser.add_argument("--system", metavar="TEXT", help="with --chat: a system message before the prompt")
+
+
 def _add_fit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("examples", help="a .jsonl, .csv or .tsv file, or a task folder, with texts and labels")
     parser.add_argument("--out", required=True, help="the folder to write; an existing classifier is replaced")
     _add_tags(parser, "a folder of warmed-up tags, or their hub name (default: untrained ones)")
     parser.add_argument("--backbone", help="a transformers folder or hub name (default: the tags', or embedded)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps …")
+    _add_chat(parser)
     parser.add_argument("--text-column", default="text")
     parser.add_argument("--label-column", default="label")
     parser.add_argument("--shots", type=int, help="keep the first so many examples of each label (default: all)")
@@ -258,13 +262,7 @@ def _show(args: argparse.Namespace, _overrides: list[str]) -> None:
     from icl_markup.inspection import print_prompt
     from icl_markup.serving import load_for, task_episode
 
-    print_prompt(load_for(args), task_episode(args), args.texts[0], chat=args.chat)
-
-
-def _tags(args: argparse.Namespace, _overrides: list[str]) -> None:
-    from icl_markup.inspection import print_tags
-
-    print_tags(args.folder, args.nearest, args.revision)
+    print_prompt(load_for(args), task_episode(args), args.texts[0])
 
 
 def _quickstart(args: argparse.Namespace, _overrides: list[str]) -> None:

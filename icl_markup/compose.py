@@ -241,6 +241,10 @@ def _made(
     ordered = {tag.name: vectors[tag.name] for tag in template.tags}
     files = files or [first]
     for other in files[1:]:
+        if other.chat != first.chat:
+            raise TagFileError(
+                f"{first.label} and {other.label} stand in different chats, or one in none; take tags of one chat"
+            )
         if answers is None and (other.answers, other.length_normalised) != (first.answers, first.length_normalised):
             raise TagFileError(
                 f"{first.label} and {other.label} are answered in different ways ({first.answers}, {other.answers}); "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from icl_markup.chat import ChatConfig
 from icl_markup.config import require_positive
 from icl_markup.errors import ConfigError
 from icl_markup.loading import BackboneConfig
@@ -203,6 +204,10 @@ class ExperimentConfig:
 
     answers: Literal["symbols", "names"] = "symbols"
     """For plain and tags_untrained: read option symbols, or score whole label names; tags bring theirs along."""
+
+    chat: ChatConfig = field(default_factory=ChatConfig)
+    """For plain, label_names and tags_untrained, and for warm-ups that say nothing of a chat: whether prompts stand in
+    the model's chat template; what is loaded from a folder brings its own along."""
 
     encoder: str = "all-MiniLM-L6-v2"
     """The sentence encoder of retrieval and of the methods on embeddings."""

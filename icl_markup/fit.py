@@ -14,6 +14,7 @@ from icl_markup.classifier import MarkupClassifier
 from icl_markup.classifier_file import check_place
 from icl_markup.errors import ConfigError, TaskError
 from icl_markup.readers import TaskSource, example_of, read_task, rows_of
+from icl_markup.serving import chat_of
 from icl_markup.tasks import NONE_OF_THE_ABOVE, Example, TaskChecks
 
 
@@ -34,6 +35,7 @@ def fit_files(args: argparse.Namespace) -> Iterator[str]:
     classifier = MarkupClassifier(
         _pinned(args.tags, args.revision),
         backbone=_found(args.backbone),
+        chat=chat_of(args),
         descriptions=descriptions or None,
         none_of_the_above=args.none_of_the_above,
         calibration=args.calibration,

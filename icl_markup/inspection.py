@@ -1,21 +1,16 @@
-"""Looks inside: a prompt as pieces with their ids, and what a tag folder holds."""
+"""Looks inside a prompt: its pieces with their ids."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from icl_markup.episodes import Episode, Query
-from icl_markup.errors import BackboneError
-from icl_markup.hub import TENSORS
 from icl_markup.model import MarkupModel
 from icl_markup.prompt import Piece, Prompt
-from icl_markup.tagfile import load_model, read_tags
 from icl_markup.tags import tags_in_vocabulary
 
 _STYLES = {
@@ -45,15 +40,12 @@ def prompt_pieces(model: MarkupModel, prompt: Prompt) -> list[tuple[Piece, str]]
     return [(p, names[p.ids[0]] if p.kind == "tag" else decode(list(p.ids))) for p in prompt.pieces]
 
 
-def print_prompt(model: MarkupModel, episode: Episode, text: str, *, chat: bool = False) -> None:
+def print_prompt(model: MarkupModel, episode: Episode, text: str) -> None:
     """Print the prompt that asks about `text`.
 
     Raises:
         PromptError: it cannot be composed.
-        BackboneError: `chat` is asked for and the tokenizer has no chat template.
     """
-    if chat:
-        model.markup.layout = model.markup.layout.with_chat(model.backbone.tokenizer)
     prompt = model.markup.compose(replace(episode, queries=(Query(text),)))
     console = Console(soft_wrap=True)
     table = Table(title=escape(f"{len(prompt.ids)} tokens for {model.backbone.name} ({model.backbone.kind})"))
@@ -71,57 +63,6 @@ def print_prompt(model: MarkupModel, episode: Episode, text: str, *, chat: bool 
         console.print(f"to fit: {prompt.shortened} demonstrations shortened, {prompt.dropped} dropped")
     for tag in tags_in_vocabulary(model.template.tags, model.backbone.tokenizer.get_vocab()):
         console.print(f"note: {tag.name} is also a token of this tokenizer; the tag is another thing and keeps apart")
-
-
-def print_tags(folder: str | Path, nearest: int, revision: str | None = None) -> None:
-    """Print what a tag folder, or one of the hub, holds.
-
-    The backbone is needed for norms of the vocabulary and nearest tokens.
-
-    Raises:
-        TagFileError: the folder is missing or damaged, or the hub does not give it.
-    """
-    tags = read_tags(folder, revision)
-    console = Console()
-    size = len(tags.files()[TENSORS])
-    parameters = sum(v.numel() for v in tags.vectors.values())
-    console.print(escape(f"{tags.label}: {len(tags.vectors)} tags, {parameters:,} parameters, {size:,} bytes"))
-    console.print(escape(f"backbone: {tags.backbone['name']} ({tags.backbone['kind']}), template {tags.template.name}"))
-    for key, value in tags.training.items():
-        console.print(escape(f"{key}: {value}"))
-    if tags.ancestry:
-        for parent in tags.ancestry.parents:
-            console.print(escape(f"{tags.ancestry.operation} of {parent.name}: {', '.join(parent.tags)}"))
-    table = Table()
-    for heading in ("tag", "soft token", "norm"):
-        table.add_column(heading)
-    model = None
-    try:
-        model = load_model(tags)
-        table.add_column("nearest tokens of the vocabulary (cosine)")
-    except BackboneError as error:
-        console.print(f"without its backbone, nearest tokens cannot be shown: {escape(str(error))}")
-    for name, rows in tags.vectors.items():
-        for index, row in enumerate(rows):
-            cells = [name, str(index + 1), f"{row.norm():.3f}"]
-            if model is not None:
-                cells.append(", ".join(_nearest(model, row, nearest)))
-            table.add_row(*map(escape, cells))
-    console.print(table)
-    if model is not None:
-        with torch.no_grad():
-            norms = model.backbone.embedding(model.backbone.vocabulary).float().norm(dim=1)
-        console.print(f"norm of the vocabulary's embeddings: {norms.mean():.3f} ± {norms.std():.3f}")
-
-
-@torch.no_grad()
-def _nearest(model: MarkupModel, row: torch.Tensor, count: int) -> list[str]:
-    ids = model.backbone.vocabulary
-    table = model.backbone.embedding(ids).float()
-    cosine = torch.nn.functional.cosine_similarity(table, row.to(table.device)[None], dim=1)
-    best = cosine.topk(count)
-    tokens = _tokens(model, tuple(ids[best.indices].tolist()))
-    return [f"{token} {value:.2f}" for token, value in zip(tokens, best.values.tolist(), strict=True)]
 
 
 def _tag_names(model: MarkupModel) -> dict[int, str]:

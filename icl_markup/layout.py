@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -21,12 +21,19 @@ class Layout:
         prefix: ids before the prompt (BOS, CLS, the head of a chat template).
         suffix: ids after it (SEP, the encoder's EOS, a chat template's generation prompt).
         mask_id: the mask token that marks a slot; -1 where a slot is marked by nothing.
+        space: whether a space stands between `prefix` and a prompt that begins with text.
+        trims: whether white space at both ends of a prompt is dropped, as a chat template may do.
+        answer_spaced: whether a space stands between `suffix` and the answer; None: as the template has it, with
+            nothing between a prompt and its answer.
     """
 
     kind: Kind
     prefix: tuple[int, ...] = ()
     suffix: tuple[int, ...] = ()
     mask_id: int = -1
+    space: bool = False
+    trims: bool = False
+    answer_spaced: bool | None = None
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, kind: Kind) -> Layout:
@@ -56,25 +63,3 @@ class Layout:
     def stops_at_slot(self) -> bool:
         """Whether a prompt ends where the answer would be generated."""
         return self.kind != "masked"
-
-    def with_chat(self, tokenizer: PreTrainedTokenizerBase) -> Layout:
-        """Put the tokenizer's chat template around the prompt: a user's turn, then the generation prompt.
-
-        Raises:
-            BackboneError: the tokenizer has no chat template, or the model is a masked one.
-        """
-        if tokenizer.chat_template is None:
-            raise BackboneError(f"the tokenizer of {tokenizer.name_or_path!r} has no chat template")
-        if self.kind == "masked":
-            raise BackboneError("a masked model has no chat")
-        marker = "prompt-goes-here"
-        rendered = str(
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": marker}], tokenize=False, add_generation_prompt=True
-            )
-        )
-        before, found, after = rendered.partition(marker)
-        if not found:
-            raise BackboneError("the chat template does not show the user's message")
-        encode = lambda text: tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else ()  # noqa: E731
-        return replace(self, prefix=encode(before), suffix=encode(after))

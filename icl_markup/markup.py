@@ -27,6 +27,7 @@ Answers = Literal["symbols", "names"]
 LONGEST_KEPT = 4096
 """The ids of texts of at most so many characters are kept for prompts to come, those of some thousand texts."""
 
+_LABEL = Node("field", "label")
 SHORTEST_DEMO = 8
 """Demonstrations are shortened to no fewer tokens than this before any of them is dropped."""
 
@@ -69,6 +70,8 @@ class Markup:
         self.max_length = max_length
         self._tag_ids = {tag.name: tuple(table.ids(tag.name)) for tag in template.tags} if table else {}
         self._symbols = OptionSymbols.find(encoder) if template.shows_symbols else None
+        self._answers_bare = layout.answer_spaced is False and self._symbols is not None and self._symbols.spaced
+        self._slot_symbols = self._symbols.without_space(encoder) if self._answers_bare and self._symbols else ()
         self._spaced_text = _has_space_before(template.demo, Node("field", "text"))
         self._cache()
 
@@ -152,6 +155,11 @@ class Markup:
         if self._symbols is None:
             raise PromptError(f"template {self.template.name!r} shows no option symbols")
         return self._symbols.take(count)
+
+    def slot_symbols(self, count: int) -> tuple[int, ...]:
+        """Return the token ids by which a query's slot is answered: in a chat, symbols that have no space in them."""
+        symbols = self.option_symbols(count)
+        return self._slot_symbols[:count] if self._answers_bare else symbols
 
     def name_ids(self, name: str, spaced: bool = True) -> tuple[int, ...]:
         """Return the ids of an option's whole name at a slot, with a space before it or without."""
@@ -283,6 +291,7 @@ class _Assembly:
         self.space = False
         self.stopped = False
         self._add("special", markup.layout.prefix)
+        self.space = markup.layout.space
 
     def copied(self) -> _Assembly:
         """Return a copy, which is continued by itself."""
@@ -309,14 +318,15 @@ class _Assembly:
         query: Query | None = None,
     ) -> None:
         """Write one section. `option` is the option it shows or answers; `query` makes its label a slot."""
-        for node in nodes:
+        ends = nodes.index(_LABEL) if query and self.markup.layout.trims else 0
+        for place, node in enumerate(nodes, start=1):
             if self.stopped:
                 return
             if node.kind == "tag":
                 self.space = False
                 self._add("tag", self.markup._tag_ids[node.value])
             elif node.kind == "text":
-                self._literal(node.value)
+                self._literal(node.value.rstrip() if place == ends else node.value)
             elif node.value == "label":
                 self._slot(query) if query else self._answer(option)
             elif node.value == "symbol" and option is not None:
@@ -325,6 +335,10 @@ class _Assembly:
                 self._value(values[node.value], cap if node.value == "text" else None)
 
     def _literal(self, text: str) -> None:
+        if self.markup.layout.trims and all(piece.kind == "special" for piece in self.pieces):
+            text = text.lstrip()
+        if not text:
+            return
         if self.space:
             text = " " + text.removeprefix(" ")
         self.space = text.endswith(" ")
@@ -372,8 +386,10 @@ class _Assembly:
     def _slot(self, query: Query) -> None:
         layout = self.markup.layout
         names, spaced = self.markup.answers == "names", self.space
-        candidates = () if names else self.markup.option_symbols(len(self.options))
-        if not names:
+        candidates = () if names else self.markup.slot_symbols(len(self.options))
+        if layout.answer_spaced is not None:
+            spaced = layout.answer_spaced
+        elif not names:
             self._space_before_symbol()
         self.space = False
         if layout.stops_at_slot:
@@ -386,6 +402,9 @@ class _Assembly:
         layout = self.markup.layout
         self._add("special", layout.suffix)
         slots = self.slots
+        if layout.answer_spaced and slots[-1].candidates:
+            self.space = True
+            self._space_before_symbol()
         if layout.stops_at_slot:
             # What follows the last query (a generation prompt, T5's </s>) stands before the answer: the slot
             # is the last position, or the first of the decoder.

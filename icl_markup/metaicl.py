@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from transformers import get_scheduler
 
 from icl_markup.backbone import Backbone
+from icl_markup.chat import NO_CHAT
 from icl_markup.checkpoint import Progress, has_checkpoint, load_checkpoint, save_checkpoint
 from icl_markup.config import to_dict
 from icl_markup.episodes import Episode, EpisodeConfig, EpisodeSampler
@@ -134,7 +135,13 @@ class _Run:
         self.validation = [(task.name, self._validation_episodes(task)) for task in validation_tasks]
         self.trainee = Trainee.of(backbone, config)
         twin = self.trainee.backbone
-        self.model = MarkupModel(twin, template, answers=config.answers, length_normalised=config.length_normalised)
+        self.model = MarkupModel(
+            twin,
+            template,
+            answers=config.answers,
+            length_normalised=config.length_normalised,
+            chat=config.chat,
+        )
         self.stream = PromptStream(
             self.model.markup,
             EpisodeSampler(tasks, config.episodes, config.seed),
@@ -314,7 +321,7 @@ class _Run:
 
 def _refuse_another(where: Path, mine: dict[str, Any], theirs: dict[str, Any]) -> None:
     """Raise a WarmupError where a run on disk is not the one that is asked for."""
-    before = theirs["config"]
+    before = {"chat": NO_CHAT, **theirs["config"]}
     changed = [f"{name} ({before.get(name)!r})" for name, value in mine["config"].items() if value != before.get(name)]
     if mine["template"]["source"] != theirs["template"]["source"]:
         changed.append("text in its template")

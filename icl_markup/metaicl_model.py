@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from icl_markup.backbone import Backbone
+from icl_markup.chat import ChatFrame
 from icl_markup.errors import BackboneError, ConfigError, WarmupError
 from icl_markup.fingerprint import Fingerprint
 from icl_markup.loading import BackboneConfig, checkpoint_gradients
@@ -112,6 +113,7 @@ def save_trainee(trainee: Trainee, model: MarkupModel, folder: Path, details: di
             **details,
             "answers": model.answers,
             "length_normalised": model.length_normalised,
+            "chat": None if model.chat is None else model.chat.to_json(),
             "parameters": trainee.count,
             "files": {path.name: _sha256(path) for path in sorted(part.glob("*.safetensors"))},
         }
@@ -145,6 +147,7 @@ def load_metaicl(folder: str | Path, backbone: Backbone | None = None) -> tuple[
         method, parameters, answers = details["config"]["method"], int(details["parameters"]), details["answers"]
         fingerprint, files = Fingerprint.from_json(details["fingerprint"]), dict(details["files"])
         length_normalised = bool(details["length_normalised"])
+        chat = ChatFrame.from_json(details["chat"]) if details.get("chat") is not None else None
         wanted = BackboneConfig(str(source["name"]), revision=source["revision"])
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise BackboneError(f"{folder / DETAILS}: damaged: {type(error).__name__} {error}") from error
@@ -157,7 +160,8 @@ def load_metaicl(folder: str | Path, backbone: Backbone | None = None) -> tuple[
     if difference:
         raise BackboneError(f"{folder}: was trained from {wanted.name!r}, not from {backbone.name!r}: {difference}")
     twin = _load_adapters(folder, backbone) if method == "lora" else _load_full(folder, backbone)
-    return MarkupModel(twin, template, answers=answers, length_normalised=length_normalised), parameters
+    model = MarkupModel(twin, template, answers=answers, length_normalised=length_normalised, chat=chat)
+    return model, parameters
 
 
 def read_details(folder: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from icl_markup.backbone import Backbone
 from icl_markup.batching import Batch
+from icl_markup.chat import ChatConfig, ChatFrame
 from icl_markup.episodes import Demo, Episode, Option, Query
 from icl_markup.errors import PromptError, nearest
 from icl_markup.loading import BackboneConfig
@@ -60,13 +61,18 @@ class MarkupModel:
         length_normalised: with ``names``, score by the mean log-probability of a token instead of the sum.
         initialisation: how tags without vectors are initialised.
         seed: seeds that.
+        chat: puts every prompt into the chat template of the backbone's tokenizer; a frame that was rendered before
+            is used as it is. None: no chat.
 
     Attributes:
+        chat: what stands around a prompt in a chat, or None.
         prefixes: what a causal backbone has computed of prompts, for later prompts that begin alike.
         origin: the tags that were loaded, with the commit, training and ancestry that are known of them; or None.
 
     Raises:
         TemplateError, PromptError: the template, or the vectors for it, cannot be used.
+        BackboneError: a chat is asked for, and the backbone is a masked one or its tokenizer's chat template is
+            missing or cannot be used.
     """
 
     def __init__(
@@ -79,12 +85,17 @@ class MarkupModel:
         length_normalised: bool = True,
         initialisation: Initialisation = "description",
         seed: int = 0,
+        chat: ChatConfig | ChatFrame | None = None,
     ):
         self.backbone = backbone
         self.template = template if isinstance(template, Template) else Template.load(template)
         self.length_normalised = length_normalised
         self.prefixes = PrefixCache()
         self.origin: TagFile | None = None
+        if isinstance(chat, ChatConfig):
+            chat = ChatFrame.of(backbone.tokenizer, chat) if chat.enabled else None
+        self.chat = chat
+        self.layout = chat.layout(backbone.tokenizer, backbone.encoder, backbone.layout) if chat else backbone.layout
         self.table = _table(backbone, self.template.tags, initialisation, seed) if self.template.tags else None
         if vectors:
             if self.table is None:
@@ -205,7 +216,7 @@ class MarkupModel:
         return Markup(
             self.template,
             backbone.encoder,
-            backbone.layout,
+            self.layout,
             self.table,
             answers=answers,
             max_length=backbone.max_length,

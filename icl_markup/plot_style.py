@@ -222,8 +222,13 @@ def _characters() -> frozenset[int]:
     return frozenset(font_manager.get_font(path).get_charmap())
 
 
-def to_png(figure: Figure) -> bytes:
-    """Return the figure as a PNG of few colours, the same bytes for the same figure; dollar signs stay as they are."""
+def to_png(figure: Figure, *, few_colours: bool = True) -> bytes:
+    """Return the figure as a PNG, the same bytes for the same figure; dollar signs stay as they are.
+
+    Args:
+        figure: the figure.
+        few_colours: keep 256 of its colours: enough for lines and areas, too few for shades.
+    """
     for text in figure.findobj(Text):
         assert isinstance(text, Text)
         text.set_parse_math(False)
@@ -234,6 +239,7 @@ def to_png(figure: Figure) -> bytes:
     image = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
     buffer = BytesIO()
     # 256 colours make a third of the bytes, and less than SVG; of PIL's methods this one keeps every line's own colour.
-    few = image.quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
-    few.save(buffer, "PNG", optimize=True)
+    if few_colours:
+        image = image.quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    image.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()

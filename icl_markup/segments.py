@@ -144,12 +144,12 @@ class Reading(NamedTuple):
     """What a model that reads by segments is given, and where it puts its states.
 
     Attributes:
-        inputs: further inputs of the model.
+        inputs: inputs of the model, by name.
         places: where the states of the prompts' tokens stand in the model's output, shape (prompts, longest); None
             where they stand as they are. Tokens that global layers do not look at have no state there.
     """
 
-    inputs: dict[str, Tensor]
+    inputs: dict[str, Any]
     places: Tensor | None
 
     def positions(self, rows: Tensor, positions: Tensor) -> Tensor:

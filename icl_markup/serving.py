@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from icl_markup.backbone import Backbone
+from icl_markup.chat import ChatConfig
 from icl_markup.composition import composed
 from icl_markup.episodes import Episode
 from icl_markup.errors import PromptError
@@ -27,9 +28,11 @@ def load_for(args: argparse.Namespace) -> MarkupModel:
         if args.revision:
             raise PromptError("--revision is that of --tags; give --tags, or leave it away")
         backbone = Backbone.load(BackboneConfig(args.backbone or "embedded", device=args.device))
-        return MarkupModel(backbone, args.template or "markup", answers=args.answers)
+        return MarkupModel(backbone, args.template or "markup", answers=args.answers, chat=chat_of(args))
     if args.answers != "symbols":
         raise PromptError("--tags brings along how it is answered; leave --answers away")
+    if args.chat or args.system:
+        raise PromptError("--tags brings along the chat that it was warmed up in; leave --chat and --system away")
     tags = tags_for(args)
     saved = tags.backbone
     revision = None if args.backbone else saved["revision"]
@@ -43,6 +46,15 @@ def tags_for(args: argparse.Namespace) -> TagFile:
         TagFileError: they cannot be read, or not be used together.
     """
     return composed(args.tags, revision=args.revision, template=args.template)
+
+
+def chat_of(args: argparse.Namespace) -> ChatConfig:
+    """Return the chat that `--chat` and `--system` name.
+
+    Raises:
+        ConfigError: a system message is given, and no chat.
+    """
+    return ChatConfig(enabled=args.chat, system=args.system or "")
 
 
 def ask_for(args: argparse.Namespace) -> Ask:
@@ -60,7 +72,9 @@ def ask_for(args: argparse.Namespace) -> Ask:
         raise PromptError("--classifier brings along how it is answered; leave --answers away")
     if not args.classifier:
         return ask_model(load_for(args), task_episode(args), args.batch_tokens or 2048, args.top)
-    for name in ("tags", "revision", "backbone", "template", "labels", "task", "demo", "none_of_the_above"):
+    given = ("tags", "revision", "backbone", "template", "chat", "system", "labels", "task", "demo",
+             "none_of_the_above")  # fmt: skip
+    for name in given:
         if getattr(args, name):
             raise PromptError(f"--classifier brings its own {name}; leave --{name.replace('_', '-')} away")
     from icl_markup.classifier import MarkupClassifier

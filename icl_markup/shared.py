@@ -9,6 +9,7 @@ from threading import Lock
 from typing import Any
 
 from icl_markup.backbone import Backbone
+from icl_markup.chat import ChatConfig
 from icl_markup.composition import composed
 from icl_markup.loading import BackboneConfig
 from icl_markup.model import MarkupModel
@@ -27,7 +28,11 @@ _lock = Lock()
 
 
 def load_shared(
-    tags: Tags | None, config: BackboneConfig | None, template: str | Path | None, seed: int
+    tags: Tags | None,
+    config: BackboneConfig | None,
+    template: str | Path | None,
+    seed: int,
+    chat: ChatConfig | None = None,
 ) -> MarkupModel:
     """Return the model of some tags, or of untrained ones of a template; loaded unless some classifier holds it.
 
@@ -36,6 +41,7 @@ def load_shared(
         config: the backbone and its device; an empty name, or None: the tags' own, or the embedded one.
         template: the template; None: that of the tags, or ``markup``.
         seed: the seed of untrained tags.
+        chat: the chat of untrained tags; others bring their own along.
 
     Raises:
         TagFileError, BackboneError, TemplateError: something cannot be loaded.
@@ -54,9 +60,10 @@ def load_shared(
                 found.answers,
                 found.length_normalised,
                 found.commit,
+                found.chat,
             )
         else:
-            state = (Template.load(template or "markup").source, seed)
+            state = (Template.load(template or "markup").source, seed, repr(chat or ChatConfig()))
         wanted = BackboneConfig(name or "embedded", revision, device=device)
         key = (tags is not None, *state, wanted)
         model = _models.get(key)
@@ -65,7 +72,7 @@ def load_shared(
             if backbone is None:
                 backbone = _backbones[wanted] = Backbone.load(wanted)
             if found is None:
-                model = MarkupModel(backbone, template or "markup", seed=seed)
+                model = MarkupModel(backbone, template or "markup", seed=seed, chat=chat)
             else:
                 model = load_model(found, backbone)
             _models[key] = model

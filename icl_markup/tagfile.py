@@ -22,6 +22,7 @@ from torch import Tensor
 from icl_markup.ancestry import Ancestry, Parent
 from icl_markup.backbone import Backbone
 from icl_markup.card import model_card
+from icl_markup.chat import ChatFrame
 from icl_markup.errors import ConfigError, TagFileError, TemplateError
 from icl_markup.fingerprint import Fingerprint
 from icl_markup.folders import replace_folder
@@ -34,6 +35,9 @@ from icl_markup.template import Template
 
 FORMAT = 1
 """Keys that were added since are optional, and earlier versions of this package pass over them."""
+
+FORMAT_IN_CHAT = 2
+"""The format of tags that stand in a chat, which a version that knows no chats must not read."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class TagFile:
         answers: symbols or names.
         length_normalised: whether names are scored by the mean log-probability of their tokens.
         training: the summary of the warm-up; empty for untrained and for composed tags.
+        chat: what stands around a prompt in a chat, as it was when the tags were warmed up; None: no chat.
         tensors_sha256: the checksum of ``tags.safetensors``.
         license: the licence of the tags, by the hub's identifier; empty where nobody named one.
         measured: rows of results (`icl_markup.results`) that were measured with these tags.
@@ -65,6 +70,7 @@ class TagFile:
     answers: Answers
     length_normalised: bool
     training: dict[str, Any]
+    chat: ChatFrame | None = None
     tensors_sha256: str = ""
     license: str = ""
     measured: tuple[dict[str, Any], ...] = field(default=())
@@ -100,12 +106,13 @@ class TagFile:
     def details(self) -> dict[str, Any]:
         """Return the content of ``tags.json``."""
         optional = {
+            "chat": self.chat and self.chat.to_json(),
             "license": self.license,
             "measured": list(self.measured),
             "ancestry": self.ancestry and self.ancestry.to_json(),
         }
         return {
-            "format": FORMAT,
+            "format": FORMAT if self.chat is None else FORMAT_IN_CHAT,
             "tags": [{"name": t.name, "width": t.width, "description": t.description} for t in self.template.tags],
             "tensors_sha256": self.tensors_sha256,
             "backbone": self.backbone,
@@ -171,6 +178,7 @@ def tags_of(model: MarkupModel, training: dict[str, Any] | None = None, ancestry
         model.answers,
         model.length_normalised,
         training or {},
+        model.chat,
         checksum(vectors),
         ancestry=ancestry,
     )
@@ -246,6 +254,7 @@ def read_tags(tags: str | Path, revision: str | None = None, token: str | None =
             answers,
             bool(details["length_normalised"]),
             dict(details["training"]),
+            ChatFrame.from_json(details["chat"]) if details["format"] == FORMAT_IN_CHAT else None,
             str(details["tensors_sha256"]),
             str(details.get("license", "")),
             tuple(dict(parse_row(row, str(folder / DETAILS)).data) for row in details.get("measured", ())),
@@ -290,7 +299,12 @@ def load_model(tags: str | Path | TagFile, backbone: Backbone | BackboneConfig |
             f"{tags.label}: these tags were made for {tags.backbone['name']!r}, not for {backbone.name!r}: {difference}"
         )
     model = MarkupModel(
-        backbone, tags.template, tags.vectors, answers=tags.answers, length_normalised=tags.length_normalised
+        backbone,
+        tags.template,
+        tags.vectors,
+        answers=tags.answers,
+        length_normalised=tags.length_normalised,
+        chat=tags.chat,
     )
     model.origin = tags
     return model
@@ -312,6 +326,8 @@ def _read_details(path: Path) -> dict[str, Any]:
         raise TagFileError(f"{path}: damaged: not valid JSON ({error})") from error
     if not isinstance(details, dict) or "format" not in details:
         raise TagFileError(f"{path}: damaged: no format version")
-    if details["format"] != FORMAT:
-        raise TagFileError(f"{path}: format {details['format']!r}; this version reads format {FORMAT}")
+    if details["format"] not in (FORMAT, FORMAT_IN_CHAT):
+        raise TagFileError(
+            f"{path}: format {details['format']!r}; this version reads formats {FORMAT} and {FORMAT_IN_CHAT}"
+        )
     return details

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from icl_markup.backbone import Backbone
 from icl_markup.baselines import Chance, EmbeddingCentroid, EmbeddingKNN, EmbeddingLogReg, Majority, TfidfLogReg
+from icl_markup.chat import ChatFrame
 from icl_markup.checkpoint import has_checkpoint
 from icl_markup.config import load_config
 from icl_markup.errors import ConfigError
@@ -105,9 +106,11 @@ def _models(
             if template.is_plain != (method.name != "tags_untrained"):
                 has = "has no" if template.is_plain else "has"
                 raise ConfigError(f"method {method.name}: template {name!r} {has} tags")
-            model = MarkupModel(backbone, template, answers=config.answers, initialisation=method.initialisation)
+            model = MarkupModel(
+                backbone, template, answers=config.answers, initialisation=method.initialisation, chat=config.chat
+            )
             rows = model.table.rows.numel() if model.table else 0
-            made_of = [template.source, config.answers, method.initialisation, method.name]
+            made_of = [template.source, config.answers, method.initialisation, method.name, *_chat(model.chat)]
             yield Path(name).stem, made_of, _constant(model), 0 if method.name != "tags_untrained" else rows
         return
     folders = [Path(folder) for folder in method.folders]
@@ -117,14 +120,15 @@ def _models(
             # A copy of the backbone each; they are few, and their number of trained parameters is only known then.
             trained, parameters = load_metaicl(folder, backbone)
             seed_of_run = read_details(folder)["summary"]["seed"]
-            yield f"seed {seed_of_run}", [_digest(folder)], _constant(trained), parameters
+            made_of = [_digest(folder), *_chat(trained.chat)]
+            yield f"seed {seed_of_run}", made_of, _constant(trained), parameters
             continue
         file = read_tags(folder)
         label = f"seed {file.training.get('seed')}"
         elsewhere: list[str | None] = [*method.templates] or [None]
         for other in elsewhere:
             template = _without(Template.load(other) if other else file.template, method.without_tags)
-            made_of = [_digest(folder), template.source, file.answers]
+            made_of = [_digest(folder), template.source, file.answers, *_chat(file.chat)]
             model = _with_template(load_model(folder, backbone), template)
             assert model.table is not None
             yield (
@@ -145,8 +149,18 @@ def _with_template(model: MarkupModel, template: Template) -> MarkupModel:
     known = {tag.name for tag in template.tags}
     vectors = {name: rows for name, rows in model.table.vectors().items() if name in known}
     return MarkupModel(
-        model.backbone, template, vectors, answers=model.answers, length_normalised=model.length_normalised
+        model.backbone,
+        template,
+        vectors,
+        answers=model.answers,
+        length_normalised=model.length_normalised,
+        chat=model.chat,
     )
+
+
+def _chat(frame: ChatFrame | None) -> list[Any]:
+    """Return what a chat adds to an identity: nothing where there is none, so that earlier cells are found again."""
+    return [] if frame is None else [frame.to_json()]
 
 
 def _without(template: Template, tags: list[str]) -> Template:
@@ -161,8 +175,10 @@ def _warmed_up(method: MethodConfig, seed: int, config: ExperimentConfig, backbo
     metaicl = method.name in ("lora", "full_finetuning")
     changes = {**config.warmup_overrides, **({} if metaicl else method.overrides)}
     warmup = load_config(WarmupConfig, method.warmup, [f"--{key}={json.dumps(v)}" for key, v in changes.items()])
-    warmup = replace(warmup, seed=seed, backbone=config.backbone)
-    plain = json.dumps([method.name, method.overrides, config.warmup_overrides, backbone.checksum()], sort_keys=True)
+    chat = warmup.chat if warmup.chat.enabled else config.chat
+    warmup = replace(warmup, seed=seed, backbone=config.backbone, chat=chat)
+    told = [method.name, method.overrides, config.warmup_overrides, backbone.checksum()]
+    plain = json.dumps([*told, *([asdict(chat)] if chat.enabled else [])], sort_keys=True)
     digest = hashlib.sha256(plain.encode()).hexdigest()[:8]
     folder = Path(config.runs) / f"{method.name}-{Path(method.warmup).stem}-{digest}-{seed}"
     if metaicl:

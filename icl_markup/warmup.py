@@ -98,6 +98,7 @@ def run_warmup(
         length_normalised=config.length_normalised,
         initialisation=config.initialisation,
         seed=config.seed,
+        chat=config.chat,
     )
     return _Warmup(config, model, start, tasks, validation_tasks, accelerator, progress).run()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from icl_markup.chat import ChatConfig
 from icl_markup.config import require_positive
 from icl_markup.episodes import EpisodeConfig
 from icl_markup.errors import ConfigError
@@ -114,6 +115,9 @@ class WarmupConfig:
 
     length_normalised: bool = True
     """With names: score by the mean log-probability of a name's tokens instead of the sum."""
+
+    chat: ChatConfig = field(default_factory=ChatConfig)
+    """Whether prompts stand in the model's chat template; the tags remember it."""
 
     supervise: Literal["all", "query"] = "all"
     """In a causal model every demonstration's label is a slot too: train on all of them, or the queries' alone."""

@@ -102,7 +102,7 @@ def test_a_file_cut_short_at_any_length_or_with_a_flipped_bit_is_reported(bert: 
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("format", 2, "format 2; this version reads format 1"),
+        ("format", 3, "format 3; this version reads formats 1 and 2"),
         ("tags", [], "lists"),
         ("tags", [{"name": "<demo>"}], "damaged"),
         ("template", {"name": "x", "source": "@nonsense"}, "damaged template"),
