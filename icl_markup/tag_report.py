@@ -185,8 +185,9 @@ def _print_head(console: Console, file: TagFile) -> None:
         console.print(escape(f"in the model's chat template; system message: {file.chat.system or 'none'}"))
     for key, value in file.training.items():
         console.print(escape(f"{key}: {value}"))
-    for parent in file.ancestry.parents if file.ancestry else ():
-        console.print(escape(f"{file.ancestry.operation} of {parent.name}: {', '.join(parent.tags)}"))
+    if file.ancestry is not None:
+        for parent in file.ancestry.parents:
+            console.print(escape(f"{file.ancestry.operation} of {parent.name}: {', '.join(parent.tags)}"))
 
 
 def _table(*headings: str) -> Table:
