@@ -14,6 +14,8 @@ def model_card(details: dict[str, Any], tensor_bytes: int) -> str:
     """
     backbone, training = details["backbone"], details["training"]
     parameters = sum(tag["width"] for tag in details["tags"]) * backbone["embedding_width"]
+    form = backbone.get("quantisation", "none")
+    quantised = "" if form == "none" else f", quantised (`{form}`)"
     revision = f" at revision `{backbone['revision']}`" if backbone["revision"] else ""
     rows = "\n".join(f"| `{t['name']}` | {t['width']} | {t['description']} |" for t in details["tags"])
     trained = "\n".join(f"- {key}: {_plain(value)}" for key, value in training.items()) or "- not trained"
@@ -24,7 +26,7 @@ tags: [icl-markup, soft-prompt, few-shot-classification, {backbone["kind"]}]
 # ICL Markup tags for `{backbone["name"]}`
 
 Soft-token tags that compose in-context classification prompts for a frozen {backbone["kind"]} language model,
-`{backbone["name"]}`{revision}. {parameters:,} parameters, {tensor_bytes:,} bytes.
+`{backbone["name"]}`{revision}{quantised}. {parameters:,} parameters, {tensor_bytes:,} bytes.
 
 | tag | soft tokens | initialised from |
 |---|---|---|
@@ -52,8 +54,9 @@ print(answer.label, answer.probabilities)
 
 ## Limits
 
-The tags fit the one backbone they were made for; loading them on another is refused. They were measured on the
-tasks named above only: measure them on yours before you rely on them. Probabilities are not calibrated.
+The tags fit the one backbone they were made for, quantised or not; loading them on another is refused. They were
+measured on the tasks named above only, on the backbone as it is described above: measure them on yours before you rely
+on them. Probabilities are not calibrated.
 """
 
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from icl_markup.config import describe, load_config
 from icl_markup.errors import MarkupError, PromptError
+from icl_markup.quantisation import add_argument as add_quantisation
 from icl_markup.serve import add_arguments as add_serve_arguments
 
 _FIT = "Make a classifier of labels and examples; nothing is trained. Writes a folder for predict and serve."
@@ -134,6 +135,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--answers", choices=["symbols", "names"], default="symbols",
                         help="read option symbols, or score whole names (beyond 26 labels anyway)")  # fmt: skip
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps …")
+    add_quantisation(parser)
 
 
 def _add_fit(parser: argparse.ArgumentParser) -> None:
@@ -142,6 +144,7 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tags", help="a folder of warmed-up tags (default: untrained ones)")
     parser.add_argument("--backbone", help="a transformers folder or hub name (default: the tags', or embedded)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps …")
+    add_quantisation(parser)
     parser.add_argument("--text-column", default="text")
     parser.add_argument("--label-column", default="label")
     parser.add_argument("--shots", type=int, help="keep the first so many examples of each label (default: all)")

@@ -83,7 +83,9 @@ def print_tags(folder: Path, nearest: int) -> None:
     size = (folder / "tags.safetensors").stat().st_size
     parameters = sum(v.numel() for v in tags.vectors.values())
     console.print(escape(f"{folder}: {len(tags.vectors)} tags, {parameters:,} parameters, {size:,} bytes"))
-    console.print(escape(f"backbone: {tags.backbone['name']} ({tags.backbone['kind']}), template {tags.template.name}"))
+    kind, form = tags.backbone["kind"], tags.backbone.get("quantisation", "none")
+    described = kind if form == "none" else f"{kind}, {form}"
+    console.print(escape(f"backbone: {tags.backbone['name']} ({described}), template {tags.template.name}"))
     for key, value in tags.training.items():
         console.print(escape(f"{key}: {value}"))
     table = Table()

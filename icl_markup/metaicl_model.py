@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from icl_markup.backbone import Backbone
 from icl_markup.errors import BackboneError, ConfigError, WarmupError
 from icl_markup.fingerprint import Fingerprint
-from icl_markup.loading import BackboneConfig, checkpoint_gradients
+from icl_markup.loading import checkpoint_gradients, config_of
 from icl_markup.metaicl_config import MetaIclConfig
 from icl_markup.model import MarkupModel
 from icl_markup.template import Template
@@ -145,7 +145,7 @@ def load_metaicl(folder: str | Path, backbone: Backbone | None = None) -> tuple[
         method, parameters, answers = details["config"]["method"], int(details["parameters"]), details["answers"]
         fingerprint, files = Fingerprint.from_json(details["fingerprint"]), dict(details["files"])
         length_normalised = bool(details["length_normalised"])
-        wanted = BackboneConfig(str(source["name"]), revision=source["revision"])
+        wanted = config_of(source)
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise BackboneError(f"{folder / DETAILS}: damaged: {type(error).__name__} {error}") from error
     for name, expected in files.items():
@@ -156,6 +156,8 @@ def load_metaicl(folder: str | Path, backbone: Backbone | None = None) -> tuple[
     difference = fingerprint.difference(Fingerprint.of(backbone))
     if difference:
         raise BackboneError(f"{folder}: was trained from {wanted.name!r}, not from {backbone.name!r}: {difference}")
+    if method != "lora" and backbone.quantisation != "none":
+        raise BackboneError(f"{folder}: was trained in full and cannot be loaded quantised ({backbone.quantisation})")
     twin = _load_adapters(folder, backbone) if method == "lora" else _load_full(folder, backbone)
     return MarkupModel(twin, template, answers=answers, length_normalised=length_normalised), parameters
 

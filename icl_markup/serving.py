@@ -7,7 +7,7 @@ import argparse
 from icl_markup.backbone import Backbone
 from icl_markup.episodes import Episode
 from icl_markup.errors import PromptError
-from icl_markup.loading import BackboneConfig
+from icl_markup.loading import BackboneConfig, config_of
 from icl_markup.model import MarkupModel
 from icl_markup.predict import Ask, ask_classifier, ask_model
 from icl_markup.readers import TaskSource, read_task
@@ -16,22 +16,26 @@ from icl_markup.tasks import Task, TaskChecks
 
 
 def load_for(args: argparse.Namespace) -> MarkupModel:
-    """Load the model that `--tags`, `--backbone`, `--template` and `--device` name.
+    """Load the model that `--tags`, `--backbone`, `--template`, `--device` and `--quantisation` name.
 
     Raises:
         PromptError: both tags and a template are given.
         MarkupError: one of them cannot be loaded.
     """
     if not args.tags:
-        backbone = Backbone.load(BackboneConfig(args.backbone or "embedded", device=args.device))
-        return MarkupModel(backbone, args.template or "markup", answers=args.answers)
+        return MarkupModel(Backbone.load(_config(args, "embedded")), args.template or "markup", answers=args.answers)
     if args.template:
         raise PromptError("--tags brings its own template; leave --template away")
     if args.answers != "symbols":
         raise PromptError("--tags brings along how it is answered; leave --answers away")
+    if args.backbone:
+        return load_model(args.tags, _config(args))
     saved = read_tags(args.tags).backbone
-    revision = None if args.backbone else saved["revision"]
-    return load_model(args.tags, BackboneConfig(args.backbone or saved["name"], revision, device=args.device))
+    return load_model(args.tags, config_of(saved, device=args.device, quantisation=args.quantisation))
+
+
+def _config(args: argparse.Namespace, default: str = "") -> BackboneConfig:
+    return BackboneConfig(args.backbone or default, device=args.device, quantisation=args.quantisation)
 
 
 def ask_for(args: argparse.Namespace) -> Ask:
@@ -54,7 +58,9 @@ def ask_for(args: argparse.Namespace) -> Ask:
             raise PromptError(f"--classifier brings its own {name}; leave --{name.replace('_', '-')} away")
     from icl_markup.classifier import MarkupClassifier
 
-    classifier = MarkupClassifier.load(args.classifier, device=args.device, batch_tokens=args.batch_tokens)
+    classifier = MarkupClassifier.load(
+        args.classifier, device=args.device, batch_tokens=args.batch_tokens, quantisation=args.quantisation
+    )
     return ask_classifier(classifier, args.top)
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 from icl_markup.backbone import Backbone
-from icl_markup.loading import BackboneConfig
+from icl_markup.loading import BackboneConfig, config_of
 from icl_markup.model import MarkupModel
 from icl_markup.tagfile import load_model, read_tags
 from icl_markup.template import Template
@@ -26,7 +27,7 @@ def load_shared(tags: str | Path | None, config: BackboneConfig | None, template
 
     Args:
         tags: a tag folder, or None.
-        config: the backbone and its device; an empty name, or None: the tags' own, or the embedded one.
+        config: the backbone, its device and quantisation; an empty name, or None: the tags' own, or the embedded one.
         template: the template of untrained tags.
         seed: their seed.
 
@@ -34,13 +35,11 @@ def load_shared(tags: str | Path | None, config: BackboneConfig | None, template
         TagFileError, BackboneError, TemplateError: something cannot be loaded.
     """
     with _lock:
-        device = config.device if config is not None else "auto"
-        name = config.name if config is not None else ""
-        revision = None
+        wanted = config if config is not None and config.name else replace(config or BackboneConfig(), name="embedded")
         if tags is not None:
             found = read_tags(tags)
-            if not name:
-                name, revision = str(found.backbone["name"]), found.backbone["revision"]
+            if config is None or not config.name:
+                wanted = config_of(found.backbone, device=wanted.device, quantisation=wanted.quantisation)
             state: tuple[Any, ...] = (
                 found.tensors_sha256,
                 found.template.source,
@@ -49,7 +48,6 @@ def load_shared(tags: str | Path | None, config: BackboneConfig | None, template
             )
         else:
             state = (Template.load(template).source, seed)
-        wanted = BackboneConfig(name or "embedded", revision, device=device)
         key = (tags is not None, *state, wanted)
         model = _models.get(key)
         if model is None:

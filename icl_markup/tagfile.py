@@ -1,7 +1,8 @@
 """Tag folders: ``tags.safetensors`` (one tensor a tag), ``tags.json`` (everything else) and a model card.
 
 A folder is a few kilobytes, holds nothing that is executed, and is written whole or not at all. It names the
-backbone that its tags were made for, and loading it on another one is an error.
+backbone that its tags were made for, and loading it on another one is an error. The same backbone in another type, or
+quantised, is not another one.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from icl_markup.backbone import Backbone
 from icl_markup.card import model_card
 from icl_markup.errors import TagFileError, TemplateError
 from icl_markup.fingerprint import Fingerprint
-from icl_markup.loading import BackboneConfig
+from icl_markup.loading import BackboneConfig, config_of
 from icl_markup.model import MarkupModel
 from icl_markup.template import Template
 
@@ -40,7 +41,7 @@ class TagFile:
         folder: where it was read.
         vectors: rows by tag name, each of shape (width, embedding width), fp32.
         template: the template that the tags were warmed up in.
-        backbone: the backbone's name, revision, kind and embedding width.
+        backbone: the backbone's name, revision, kind, embedding width and quantisation.
         fingerprint: that of the backbone.
         answers: symbols or names.
         length_normalised: whether names are scored by the mean log-probability of their tokens.
@@ -79,6 +80,7 @@ def save_model(model: MarkupModel, folder: str | Path, training: dict[str, Any] 
             "revision": backbone.revision,
             "kind": backbone.kind,
             "embedding_width": backbone.width,
+            "quantisation": backbone.quantisation,
         },
         "fingerprint": Fingerprint.of(backbone).to_json(),
         "template": {"name": Path(model.template.name).stem, "source": model.template.source},
@@ -151,7 +153,7 @@ def load_model(folder: str | Path, backbone: Backbone | BackboneConfig | None = 
     """Load tags with their backbone; see `MarkupModel.from_tags`."""
     tags = read_tags(folder)
     if backbone is None:
-        backbone = BackboneConfig(str(tags.backbone["name"]), revision=tags.backbone["revision"])
+        backbone = config_of(tags.backbone)
     if isinstance(backbone, BackboneConfig):
         backbone = Backbone.load(backbone)
     difference = tags.fingerprint.difference(Fingerprint.of(backbone))
