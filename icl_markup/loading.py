@@ -124,7 +124,7 @@ def load_pretrained(config: BackboneConfig) -> Loaded:
             "it was saved without its head; choose a checkpoint that has one"
         )
     revision = config.revision or getattr(settings, "_commit_hash", None)
-    settle(model)
+    settle(model, config.name)
     placed = model if quantised else model.to(device)
     return Loaded(config, placed, tokenizer, kind, revision, precision)
 

@@ -139,10 +139,22 @@ def _name_of(own: Any) -> str:
     return f"torchao-{known.get(kind, kind)}"
 
 
-def settle(model: PreTrainedModel) -> None:
-    """Keep a model that was just loaded from changing its stored weights while it is used."""
-    if quantisation_of(model) == "none":
+def settle(model: PreTrainedModel, name: str) -> None:
+    """Check that layers of a model that was just loaded are quantised, and keep it from changing them while it is used.
+
+    Raises:
+        BackboneError: the library found no layer that it can quantise.
+    """
+    form = quantisation_of(model)
+    if form == "none":
         return
+    layers = [module for _, module, _ in linear_layers(model)]
+    if layers and all(is_plain(getattr(module, "weight", None)) for module in layers):
+        kinds = ", ".join(sorted({type(module).__name__ for module in layers}))
+        widths = ", ".join(map(str, sorted({width for _, _, width in linear_layers(model)})))
+        raise BackboneError(
+            f"backbone {name!r}: {form} quantises none of its layers ({kinds} of input widths {widths}); take another"
+        )
     for module in model.modules():
         # On CPUs with these instructions, bitsandbytes stores 4-bit weights in another layout at the first forward
         # pass without gradients, and rounds their scales to bf16; a backward pass is not possible from then on.
