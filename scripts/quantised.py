@@ -4,11 +4,11 @@
 
 The quickstart's warm-up is run on the fp32 backbone and on quantised ones, with the same seed and so the same episodes.
 Tags of fp32 are then used on every form, and those of a quantised form on it and on fp32; untrained tags are used on
-every form. All answer the same episodes of the unseen sample tasks, 5-way 1-shot.
+every form; not on torchao-int4 by default, whose kernel is very slow on CPUs without AVX-512. All answer the same episodes of the unseen sample tasks, 5-way 1-shot.
 A row has `form` (the backbone that answers), `warmed_up_on` (null: untrained tags), `agreement` (the share of queries
 that are answered alike by the same tags on the fp32 backbone), `points_from_fp32` (the paired difference in accuracy
 from fp32 tags on the fp32 backbone, with its 95 % interval), `mib` (everything the backbone stores), and
-`linear_mib` (its linear layers). The extra is needed: `pip install "icl-markup[quantisation]"`.
+`linear_mib` (its linear layers), and `cpu_seconds_a_query` of answering. The extra is needed: `pip install "icl-markup[quantisation]"`.
 """
 
 from __future__ import annotations
@@ -72,6 +72,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--episodes", type=int, default=40, help="episodes an unseen task")
+    parser.add_argument("--forms", choices=FORMS, nargs="+", default=FORMS[:-1], help="backbones that answer")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     args = parser.parse_args()
     tasks = [read_task(path) for path in sample_folders("unseen")]
@@ -85,10 +86,11 @@ def main() -> None:
         ["python scripts/quantised.py", str(args.out), f"--steps {args.steps} --episodes {args.episodes}",
          f"--seeds {' '.join(map(str, args.seeds))}"]
     )  # fmt: skip
-    backbones = {form: load(form) for form in FORMS}
+    backbones = {form: load(form) for form in dict.fromkeys((*args.forms, *WARMED_UP))}
     rows = []
     for seed in args.seeds:
         found: dict[tuple[str | None, str], NDArray[np.intp]] = {}
+        spent: dict[tuple[str | None, str], float] = {}
         seconds: dict[str | None, float] = {}
         for source in (None, *WARMED_UP):
             if source is None:
@@ -98,9 +100,11 @@ def main() -> None:
                     model, seconds[source] = warm_up(backbones[source], args.steps, seed, Path(folder) / "run")
             with tempfile.TemporaryDirectory() as folder:  # the way that tags travel
                 model.save(Path(folder) / "tags")
-                for form in FORMS if source in (None, "none") else ("none", source):
+                for form in args.forms if source in (None, "none") else ("none", source):
                     moved = MarkupModel.from_tags(Path(folder) / "tags", backbones[form])
+                    began = time.process_time()
                     found[source, form] = answers(moved, drawn)
+                    spent[source, form] = (time.process_time() - began) / len(drawn)
                     print(source, form, f"{(found[source, form] == right).mean():.3f}", flush=True)
         for (source, form), given in found.items():
             table = MarkupModel(backbones[form], "markup").table
@@ -126,6 +130,7 @@ def main() -> None:
                     agreement=round(float((given == found[source, "none"]).mean()), 5),
                     points_from_fp32=_points(difference),
                     seconds_a_step=round(seconds[source], 2) if source in seconds else None,
+                    cpu_seconds_a_query=round(spent[source, form], 3),
                     **mib(backbones[form]),
                 )
             )
