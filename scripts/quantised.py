@@ -3,12 +3,17 @@
     python scripts/quantised.py results/bench/quantised.jsonl
 
 The quickstart's warm-up is run on the fp32 backbone and on quantised ones, with the same seed and so the same episodes.
-Tags of fp32 are then used on every form, and those of a quantised form on it and on fp32; untrained tags are used on
-every form; not on torchao-int4 by default, whose kernel is very slow on CPUs without AVX-512. All answer the same episodes of the unseen sample tasks, 5-way 1-shot.
-A row has `form` (the backbone that answers), `warmed_up_on` (null: untrained tags), `agreement` (the share of queries
-that are answered alike by the same tags on the fp32 backbone), `points_from_fp32` (the paired difference in accuracy
-from fp32 tags on the fp32 backbone, with its 95 % interval), `mib` (everything the backbone stores), and
-`linear_mib` (its linear layers), and `cpu_seconds_a_query` of answering. The extra is needed: `pip install "icl-markup[quantisation]"`.
+Tags of fp32 and untrained tags are then used on every form (on torchao-int4 only if `--forms` names it: its kernel is
+very slow on CPUs without AVX-512), those of a quantised form on it and on fp32. All answer the same episodes of the
+unseen sample tasks, 5-way 1-shot. A row has
+
+- `form`: the backbone that answers; `warmed_up_on`: null for untrained tags
+- `agreement`: the share of queries that are answered alike by the same tags on the fp32 backbone
+- `points_from_fp32`: the paired difference in accuracy from fp32 tags on the fp32 backbone, with its 95 % interval
+- `mib`: everything the backbone stores; `linear_mib`: its linear layers without the head
+- `seconds_a_step` of the warm-up, and `cpu_seconds_a_query` of answering
+
+The extra is needed: `pip install "icl-markup[quantisation]"`.
 """
 
 from __future__ import annotations
