@@ -158,7 +158,7 @@ class Backbone:
         """Return a checksum of every parameter and buffer, which any changed bit changes."""
         digest = hashlib.sha256()
         for name, value in stored_tensors(self.model):
-            raw = value.contiguous().flatten().view(torch.uint8).cpu().numpy()
+            raw: Any = value.contiguous().flatten().view(torch.uint8).cpu().numpy()
             digest.update(name.encode())
             digest.update(raw)
         return digest.hexdigest()
