@@ -23,6 +23,7 @@ from icl_markup.errors import BackboneError
 from icl_markup.exactness import Exactness, check_exactness
 from icl_markup.layout import Kind, Layout
 from icl_markup.loading import DTYPES, BackboneConfig, checkpoint_gradients, length_limit, load_pretrained
+from icl_markup.quantisation import is_plain, quantisation_of, stored_tensors
 from icl_markup.segments import (
     HEAD,
     Reading,
@@ -50,6 +51,7 @@ class Backbone:
         embedding: the module whose calls turn ids into vectors; in a sequence-to-sequence model the encoder's.
         max_length: the longest prompt in tokens.
         lock: held while the model runs: for that time its head and its embedding are not its own.
+        quantisation: how its linear layers are quantised; ``none`` where they are not.
         local_layers: how many lower layers read a prompt segment by segment (`icl_markup.segments`); 0: none. Where
             there are any, queries in one prompt do not see each other.
 
@@ -84,6 +86,12 @@ class Backbone:
         self._head = model.get_output_embeddings()
         if self._head is None:
             raise BackboneError(f"{type(model).__name__} has no output head that can be read")
+        self.quantisation = quantisation_of(model)
+        if not is_plain(next(self.embedding.parameters(), None)):
+            raise BackboneError(
+                f"the input embedding of {self.name!r} is quantised ({self.quantisation}); soft tokens stand in for "
+                "rows of an ordinary one: choose a checkpoint that keeps it"
+            )
         self.local_layers = local_layers(model) if kind == "masked" else 0
         limit = longest_prompt(model) if self.local_layers else None
         self.max_length = max_length or limit or length_limit(model, tokenizer)
@@ -143,6 +151,12 @@ class Backbone:
         ids = [i for i in range(rows) if i not in self.encoder.reserved_ids]
         return torch.tensor(ids, device=self.device)
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether it computes in fp32 throughout, so that the same answer by another way differs by little rounding."""
+        first = next(self.model.parameters()).dtype
+        return self.precision == "none" and self.quantisation == "none" and first == torch.float32
+
     @cached_property
     def exactness(self) -> Exactness:
         """Whether prompts may be packed over a cache of what they share; checked at first use."""
@@ -152,8 +166,8 @@ class Backbone:
     def checksum(self) -> str:
         """Return a checksum of every parameter and buffer, which any changed bit changes."""
         digest = hashlib.sha256()
-        for name, value in [*self.model.named_parameters(), *self.model.named_buffers()]:
-            raw = value.detach().contiguous().flatten().view(torch.uint8).cpu().numpy()
+        for name, value in stored_tensors(self.model):
+            raw: Any = value.contiguous().flatten().view(torch.uint8).cpu().numpy()
             digest.update(name.encode())
             digest.update(raw)
         return digest.hexdigest()
@@ -183,7 +197,8 @@ class Backbone:
         """Return log-probabilities of tokens, given what the head is given at their slots; see `token_log_probs`."""
         parts = []
         for rows, wanted in zip(hidden.split(256), targets.to(hidden.device).split(256), strict=True):
-            logits = self._adjust(self._head(rows.to(self._head.weight.dtype)).float())
+            weight = self._head.weight
+            logits = self._adjust(self._head(rows.to(weight.dtype) if is_plain(weight) else rows).float())
             parts.append(logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0])
         return torch.cat(parts)
 
@@ -273,7 +288,7 @@ class Backbone:
 
     def _logits_of(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         weight = self._head.weight
-        if weight.is_floating_point() and weight.ndim == 2:
+        if is_plain(weight):
             logits = torch.einsum("sh,sch->sc", hidden.float(), weight[tokens].float())
             bias = getattr(self._head, "bias", None)
             if bias is not None:
@@ -327,9 +342,8 @@ class Backbone:
         anchors = [[token == self.layout.mask_id for token in line] for line in ids]
         batch = Batch.of_ids(ids, slots, tokens, segments=segments, anchors=anchors)
         first, second = self.candidate_logits(batch).cpu()
-        exact = self.precision == "none" and self._head.weight.dtype == torch.float32
         scale = first.abs().max().clamp(min=1.0)
-        if not torch.allclose(first / scale, second / scale, atol=1e-4 if exact else 0.05):
+        if not torch.allclose(first / scale, second / scale, atol=1e-4 if self.is_exact else 0.05):
             raise BackboneError(
                 f"{type(self.model).__name__}: icl_markup.local_layers in the model's config.json makes the order of "
                 f"segments matter, by {(first - second).abs().max():.3g} in the logits; positions of this architecture "

@@ -44,6 +44,8 @@ def model_card(details: Mapping[str, Any], tensor_bytes: int) -> str:
     measured = [parse_row(row, "tags.json") for row in details.get("measured", ())]
     parameters = sum(tag["width"] for tag in details["tags"]) * backbone["embedding_width"]
     name = code(backbone_name(backbone["name"]))
+    form = str(backbone.get("quantisation", "none"))
+    quantised = "" if form == "none" else f", quantised ({code(form)})"
     revision = f" at revision {code(str(backbone['revision']))}" if backbone["revision"] else ""
     rows = [[f"`{t['name']}`", str(t["width"]), escape(t["description"])] for t in details["tags"]]
     return f"""---
@@ -52,7 +54,7 @@ def model_card(details: Mapping[str, Any], tensor_bytes: int) -> str:
 # ICL Markup tags for {name}
 
 Soft-token tags that compose in-context classification prompts for a frozen {backbone["kind"]} language model,
-{name}{revision}. {parameters:,} parameters, {tensor_bytes:,} bytes; licence: {escape(_license(details))}.
+{name}{revision}{quantised}. {parameters:,} parameters, {tensor_bytes:,} bytes; licence: {escape(_license(details))}.
 
 {table(["tag", "soft tokens", "initialised from"], rows)}
 
@@ -83,8 +85,9 @@ commit.
 {_ancestors(ancestry)}
 ## Limits
 
-- The tags fit the one backbone they were made for; loading them on another is refused.
-- They were measured on the tasks named above only, if at all: measure them on yours before you rely on them.
+- The tags fit the one backbone they were made for, quantised or not; loading them on another is refused.
+- They were measured on the tasks and the backbone named above only, if at all: measure them on yours before you rely on
+  them.
 - Probabilities are not calibrated, and the backbone's biases and errors are those of the answers.
 {_limits(ancestry)}"""
 

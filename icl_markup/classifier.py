@@ -34,6 +34,7 @@ from icl_markup.loading import BackboneConfig
 from icl_markup.model import MarkupModel
 from icl_markup.prefixes import MOST_BYTES
 from icl_markup.prompt import Prompt
+from icl_markup.quantisation import Quantisation
 from icl_markup.retrievers import Retriever, retriever_named
 from icl_markup.shared import load_shared
 from icl_markup.tasks import NONE_OF_THE_ABOVE
@@ -86,6 +87,7 @@ class MarkupClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         cache_bytes: the most bytes of keys and values of prompts' beginnings that a causal backbone keeps for later
             calls, those of all classifiers on the same tags together.
         device: ``auto``, ``cpu``, ``cuda`` …
+        quantisation: how the backbone is quantised, as in `BackboneConfig`; ``auto``: as tags or checkpoint say.
         random_state: seeds the orders of options, and untrained tags.
 
     Attributes:
@@ -118,6 +120,7 @@ class MarkupClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         batch_tokens: int = 4096,
         cache_bytes: int = MOST_BYTES,
         device: str = "auto",
+        quantisation: Quantisation = "auto",
         random_state: int = 0,
     ):
         self.tags = tags
@@ -139,6 +142,7 @@ class MarkupClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.batch_tokens = batch_tokens
         self.cache_bytes = cache_bytes
         self.device = device
+        self.quantisation = quantisation
         self.random_state = random_state
 
     def fit(self, X: ArrayLike, y: ArrayLike, *, classes: Sequence[Any] = ()) -> MarkupClassifier:
@@ -297,20 +301,28 @@ class MarkupClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return save_classifier(self, folder)
 
     @classmethod
-    def load(cls, folder: str | Path, *, device: str = "auto", batch_tokens: int | None = None) -> MarkupClassifier:
+    def load(
+        cls,
+        folder: str | Path,
+        *,
+        device: str = "auto",
+        batch_tokens: int | None = None,
+        quantisation: Quantisation = "auto",
+    ) -> MarkupClassifier:
         """Read a folder that `save` wrote.
 
         Args:
             folder: the folder.
             device: ``auto``, ``cpu``, ``cuda`` …
             batch_tokens: the most tokens of one forward pass; None: as it was saved.
+            quantisation: how the backbone is quantised; ``auto``: as it was saved.
 
         Raises:
             TagFileError: the folder is missing, damaged or of a later format, or its tags do not fit the backbone.
         """
         from icl_markup.classifier_file import load_classifier
 
-        return load_classifier(folder, device, batch_tokens)
+        return load_classifier(folder, device, batch_tokens, quantisation)
 
     def fitted_model(self) -> MarkupModel:
         """Return the model that answers; shared by classifiers with the same tags and backbone."""
@@ -321,8 +333,8 @@ class MarkupClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         if isinstance(self.tags, MarkupModel):
             return self.tags
         config = None
-        if self.backbone is not None or self.device != "auto":
-            config = BackboneConfig(self.backbone or "", device=self.device)
+        if self.backbone is not None or self.device != "auto" or self.quantisation != "auto":
+            config = BackboneConfig(self.backbone or "", device=self.device, quantisation=self.quantisation)
         return load_shared(self.tags, config, self.template, self.random_state, self.chat)
 
     def __getstate__(self) -> dict[str, Any]:

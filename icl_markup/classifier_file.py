@@ -18,8 +18,9 @@ from icl_markup.calibration import Calibration
 from icl_markup.chat import ChatFrame
 from icl_markup.errors import ConfigError, MarkupError, TagFileError
 from icl_markup.folders import replace_folder
-from icl_markup.loading import BackboneConfig
+from icl_markup.loading import BackboneConfig, config_of
 from icl_markup.model import MarkupModel
+from icl_markup.quantisation import Quantisation
 from icl_markup.tagfile import save_model
 from icl_markup.tasks import NONE_OF_THE_ABOVE
 from icl_markup.template import Template
@@ -32,7 +33,7 @@ FILE, TAGS = "classifier.json", "tags"
 FORMAT_IN_CHAT = 2
 """The format of classifiers whose template has no tags and stands in a chat."""
 
-_ELSEWHERE = ("tags", "backbone", "template", "chat", "device", "descriptions")
+_ELSEWHERE = ("tags", "backbone", "template", "chat", "device", "quantisation", "descriptions")
 """Parameters that are not written as they are: the tags lie in a folder of their own, the device is the reader's."""
 
 
@@ -49,7 +50,11 @@ def save_classifier(classifier: MarkupClassifier, folder: str | Path) -> Path:
     descriptions = classifier.descriptions or {}
     details = {
         "format": FORMAT,
-        "backbone": {"name": model.backbone.name, "revision": model.backbone.revision},
+        "backbone": {
+            "name": model.backbone.name,
+            "revision": model.backbone.revision,
+            "quantisation": model.backbone.quantisation,
+        },
         "template": None if model.table is not None else _template_of(model),
         "parameters": {k: v for k, v in classifier.get_params(deep=False).items() if k not in _ELSEWHERE},
         "classes": inside,
@@ -96,7 +101,12 @@ def check_place(folder: str | Path) -> None:
         raise TagFileError(f"{folder}: holds {min(others)!r}, no part of a classifier; choose an empty or a new folder")
 
 
-def load_classifier(folder: str | Path, device: str = "auto", batch_tokens: int | None = None) -> MarkupClassifier:
+def load_classifier(
+    folder: str | Path,
+    device: str = "auto",
+    batch_tokens: int | None = None,
+    quantisation: Quantisation = "auto",
+) -> MarkupClassifier:
     """Read a classifier folder; see `MarkupClassifier.load`."""
     from icl_markup.classifier import MarkupClassifier
 
@@ -114,7 +124,7 @@ def load_classifier(folder: str | Path, device: str = "auto", batch_tokens: int 
         texts = [str(one["text"]) for one in details["demonstrations"]]
         answers = [classes[_index(one["class"], len(classes))] for one in details["demonstrations"]]
         calibration = Calibration.from_json(details["calibration"])
-        config = BackboneConfig(str(backbone["name"]), backbone["revision"], device=device)
+        config = config_of(backbone, device=device, quantisation=quantisation)
         if template is None and details["format"] == FORMAT_IN_CHAT:
             raise ValueError(f"format {FORMAT_IN_CHAT} without the template that stands in a chat")
         if template is not None:
@@ -127,7 +137,9 @@ def load_classifier(folder: str | Path, device: str = "auto", batch_tokens: int 
     if batch_tokens is not None:
         parameters["batch_tokens"] = batch_tokens
     tags: Any = folder / TAGS if template is None else _plain_model(config, **template)
-    classifier = MarkupClassifier(tags, descriptions=descriptions or None, device=device, **parameters)
+    classifier = MarkupClassifier(
+        tags, descriptions=descriptions or None, device=device, quantisation=quantisation, **parameters
+    )
     try:
         classifier.fit(texts, answers, classes=classes)
     except MarkupError as error:

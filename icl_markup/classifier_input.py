@@ -6,13 +6,14 @@ import difflib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from icl_markup.chat import ChatConfig
 from icl_markup.errors import ConfigError, PromptError
+from icl_markup.quantisation import Quantisation
 from icl_markup.tasks import NONE_OF_THE_ABOVE
 from icl_markup.text import is_encodable
 
@@ -21,6 +22,7 @@ _MOST_CHARACTERS = 32
 
 
 _CHOICES = {
+    "quantisation": get_args(Quantisation),
     "none_of_the_above": (None, "option", "threshold"),
     "calibration": ("none", "contextual", "batch"),
 }

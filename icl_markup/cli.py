@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from icl_markup.config import describe, load_config
 from icl_markup.errors import MarkupError, PromptError
+from icl_markup.quantisation import add_argument as add_quantisation
 from icl_markup.serve import add_arguments as add_serve_arguments
 from icl_markup.tag_commands import add_tag_commands
 from icl_markup.understand import add_commands as add_understanding
@@ -132,6 +133,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
                         help="read option symbols, or score whole names (beyond 26 labels anyway)")  # fmt: skip
     _add_chat(parser)
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps …")
+    add_quantisation(parser)
 
 
 def _add_tags(parser: argparse.ArgumentParser, text: str) -> None:
@@ -152,6 +154,7 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backbone", help="a transformers folder or hub name (default: the tags', or embedded)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps …")
     _add_chat(parser)
+    add_quantisation(parser)
     parser.add_argument("--text-column", default="text")
     parser.add_argument("--label-column", default="label")
     parser.add_argument("--shots", type=int, help="keep the first so many examples of each label (default: all)")

@@ -98,9 +98,8 @@ def _obstacle(backbone: Backbone) -> str:
         ]
     except Exception as error:  # a model may refuse positions, a mask or a cache in any way; whole prompts then
         return f"{type(backbone.model).__name__} takes no packed prompts: {type(error).__name__}: {error}"
-    exact = backbone.precision == "none" and next(backbone.model.parameters()).dtype == torch.float32
     spread = float((whole - whole.mean(-1, keepdim=True)).abs().max())
     difference = max(float((one - whole).abs().max()) for one in found)
-    if difference <= (1e-3 if exact else 0.1) * spread:
+    if difference <= (1e-3 if backbone.is_exact else 0.1) * spread:
         return ""
     return f"{type(backbone.model).__name__} answers packed prompts differently, by {difference:.3g} in the logits"

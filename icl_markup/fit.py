@@ -44,6 +44,7 @@ def fit_files(args: argparse.Namespace) -> Iterator[str]:
         cache_bytes=args.cache_mib * 2**20,
         **({} if args.batch_tokens is None else {"batch_tokens": args.batch_tokens}),
         device=args.device,
+        quantisation=args.quantisation,
     )
     classifier.fit([e.text for e in examples], [e.label for e in examples])
     yield f"labels: {len(classifier.labels())}, examples: {len(examples)}"

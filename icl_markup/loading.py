@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from icl_markup.embedded import resolve
 from icl_markup.errors import BackboneError
 from icl_markup.layout import Kind
+from icl_markup.quantisation import Quantisation, loading_options, recorded, settle
 
 _AUTO_CLASSES = {
     "causal": transformers.AutoModelForCausalLM,
@@ -39,9 +41,13 @@ class BackboneConfig:
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """The type of the weights; auto is bf16 on a GPU that has it, fp16 on other GPUs, fp32 on a CPU."""
 
+    quantisation: Quantisation = "auto"
+    """Linear layers in 8 or 4 bits (the extra ``quantisation``); auto is what the checkpoint itself says, and
+    where it says nothing, none. Embeddings, head, norms and biases stay in dtype."""
+
     precision: Literal["auto", "none", "bf16", "fp16"] = "auto"
     """Autocast of the computation; auto is bf16 on a CPU with bf16 instructions, fp16 (with loss
-    scaling) where the weights are fp16 on an accelerator, and none elsewhere."""
+    scaling) where the weights are fp16 on an accelerator, and none elsewhere and where quantised."""
 
     device: str = "auto"
     """cpu, cuda, cuda:1, mps …; auto takes the best that is there."""
@@ -84,7 +90,10 @@ def load_pretrained(config: BackboneConfig) -> Loaded:
     except (OSError, ValueError, KeyError) as error:
         raise BackboneError(f"backbone {config.name!r}: transformers cannot load it: {_first_line(error)}") from error
     kind: Kind = _kind(settings) if config.kind == "auto" else config.kind
-    dtype = _dtype(config.dtype, device)
+    is_quantised = config.quantisation not in ("auto", "none") or bool(getattr(settings, "quantization_config", None))
+    dtype = _dtype(config.dtype, device, is_quantised)
+    quantised = loading_options(config.quantisation, settings, device, dtype, config.name)
+    precision = _precision(config.precision, device, dtype, is_quantised)
     wanted = {} if config.attention == "auto" else {"attn_implementation": config.attention}
     # A backbone that reads by segments is given long prompts of many queries, where eager takes twice the time.
     short = not getattr(settings, "icl_markup", None)
@@ -95,12 +104,19 @@ def load_pretrained(config: BackboneConfig) -> Loaded:
             path,
             dtype=dtype,
             **wanted,
+            **quantised,
             use_safetensors=True,
             output_loading_info=True,
             **hub,
         )
     except (OSError, ValueError, ImportError) as error:
         raise BackboneError(f"backbone {config.name!r} as a {kind} model: {_first_line(error)}") from error
+    except (RuntimeError, AssertionError, TypeError, AttributeError) as error:
+        if not is_quantised:
+            raise
+        raise BackboneError(
+            f"backbone {config.name!r} cannot be quantised ({config.quantisation}) on {device}: {_first_line(error)}"
+        ) from error
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise BackboneError(
@@ -108,7 +124,15 @@ def load_pretrained(config: BackboneConfig) -> Loaded:
             "it was saved without its head; choose a checkpoint that has one"
         )
     revision = config.revision or getattr(settings, "_commit_hash", None)
-    return Loaded(config, model.to(device), tokenizer, kind, revision, _precision(config.precision, device, dtype))
+    settle(model, config.name)
+    placed = model if quantised else model.to(device)
+    return Loaded(config, placed, tokenizer, kind, revision, precision)
+
+
+def config_of(saved: Mapping[str, Any], *, device: str = "auto", quantisation: Quantisation = "auto") -> BackboneConfig:
+    """Return the configuration of a backbone that a tag or classifier file names, quantised as it was unless told."""
+    wanted = recorded(saved) if quantisation == "auto" else quantisation
+    return BackboneConfig(str(saved["name"]), saved["revision"], device=device, quantisation=wanted)
 
 
 def _first_line(error: Exception) -> str:
@@ -140,15 +164,23 @@ def _device(name: str) -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def _dtype(name: str, device: torch.device) -> torch.dtype:
+def _dtype(name: str, device: torch.device, is_quantised: bool) -> torch.dtype:
     if name != "auto":
         return DTYPES[name]
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        half = torch.float32 if is_quantised else torch.float16  # fp16 trains with loss scaling, under autocast
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else half
     return torch.float32
 
 
-def _precision(name: str, device: torch.device, dtype: torch.dtype) -> Literal["none", "bf16", "fp16"]:
+def _precision(
+    name: str, device: torch.device, dtype: torch.dtype, is_quantised: bool
+) -> Literal["none", "bf16", "fp16"]:
+    if is_quantised:
+        # Under autocast inputs come in two types, and layers of bitsandbytes cast their biases to each, for good.
+        if name in ("auto", "none"):
+            return "none"
+        raise BackboneError(f"precision {name} does not go with a quantised backbone; set dtype instead")
     if name == "fp16" and device.type == "cpu":
         raise BackboneError("precision fp16 needs an accelerator; on a CPU take bf16 or none")
     if name != "auto":

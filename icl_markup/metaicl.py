@@ -98,8 +98,9 @@ def run_metaicl(
         "template": {"name": Path(template.name).stem, "source": template.source},
         "data_sha256": _data_hash([*tasks, *validation_tasks]),
         "fingerprint": fingerprint.to_json(),
-        "backbone": {"name": backbone.name, "revision": backbone.revision, "kind": backbone.kind},
-    }
+        "backbone": {"name": backbone.name, "revision": backbone.revision, "kind": backbone.kind,
+                     "quantisation": backbone.quantisation},
+    }  # fmt: skip
     folder = Path(config.output) / "model"
     if (folder / DETAILS).exists():
         details = read_details(folder)

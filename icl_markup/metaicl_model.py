@@ -26,7 +26,7 @@ from icl_markup.backbone import Backbone
 from icl_markup.chat import ChatFrame
 from icl_markup.errors import BackboneError, ConfigError, WarmupError
 from icl_markup.fingerprint import Fingerprint
-from icl_markup.loading import BackboneConfig, checkpoint_gradients
+from icl_markup.loading import checkpoint_gradients, config_of
 from icl_markup.metaicl_config import MetaIclConfig
 from icl_markup.model import MarkupModel
 from icl_markup.template import Template
@@ -148,7 +148,7 @@ def load_metaicl(folder: str | Path, backbone: Backbone | None = None) -> tuple[
         fingerprint, files = Fingerprint.from_json(details["fingerprint"]), dict(details["files"])
         length_normalised = bool(details["length_normalised"])
         chat = ChatFrame.from_json(details["chat"]) if details.get("chat") is not None else None
-        wanted = BackboneConfig(str(source["name"]), revision=source["revision"])
+        wanted = config_of(source)
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise BackboneError(f"{folder / DETAILS}: damaged: {type(error).__name__} {error}") from error
     for name, expected in files.items():
@@ -159,6 +159,8 @@ def load_metaicl(folder: str | Path, backbone: Backbone | None = None) -> tuple[
     difference = fingerprint.difference(Fingerprint.of(backbone))
     if difference:
         raise BackboneError(f"{folder}: was trained from {wanted.name!r}, not from {backbone.name!r}: {difference}")
+    if method != "lora" and backbone.quantisation != "none":
+        raise BackboneError(f"{folder}: was trained in full and cannot be loaded quantised ({backbone.quantisation})")
     twin = _load_adapters(folder, backbone) if method == "lora" else _load_full(folder, backbone)
     model = MarkupModel(twin, template, answers=answers, length_normalised=length_normalised, chat=chat)
     return model, parameters

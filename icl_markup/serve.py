@@ -11,6 +11,7 @@ from contextlib import suppress
 
 from icl_markup.classifier import MarkupClassifier
 from icl_markup.errors import ConfigError
+from icl_markup.quantisation import add_argument as add_quantisation
 
 KEY_VARIABLE = "ICL_MARKUP_API_KEY"
 """The environment variable that holds the API key, unless another is named. A command line shows in process lists."""
@@ -35,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--most-waiting", type=int, default=1024, help="the most texts that wait; beyond: 503")
     parser.add_argument("--batch-tokens", type=int, help="most tokens of one forward pass")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps …")
+    add_quantisation(parser)
 
 
 def serve(args: argparse.Namespace) -> None:
@@ -62,7 +64,9 @@ def serve(args: argparse.Namespace) -> None:
             f"icl-markup: anyone who can reach {args.host} can use and change this classifier; set {KEY_VARIABLE}",
             file=sys.stderr,
         )
-    classifier = MarkupClassifier.load(args.classifier, device=args.device, batch_tokens=args.batch_tokens)
+    classifier = MarkupClassifier.load(
+        args.classifier, device=args.device, batch_tokens=args.batch_tokens, quantisation=args.quantisation
+    )
     app = create_app(
         classifier,
         api_key=key,

@@ -9,7 +9,7 @@ from icl_markup.chat import ChatConfig
 from icl_markup.composition import composed
 from icl_markup.episodes import Episode
 from icl_markup.errors import PromptError
-from icl_markup.loading import BackboneConfig
+from icl_markup.loading import BackboneConfig, config_of
 from icl_markup.model import MarkupModel
 from icl_markup.predict import Ask, ask_classifier, ask_model
 from icl_markup.readers import TaskSource, read_task
@@ -18,7 +18,7 @@ from icl_markup.tasks import Task, TaskChecks
 
 
 def load_for(args: argparse.Namespace) -> MarkupModel:
-    """Load the model that `--tags`, `--revision`, `--backbone`, `--template` and `--device` name.
+    """Load the model that `--tags`, `--revision`, `--backbone`, `--template`, `--device` and `--quantisation` name.
 
     Raises:
         PromptError: what the tags bring along is given too.
@@ -27,16 +27,20 @@ def load_for(args: argparse.Namespace) -> MarkupModel:
     if not args.tags:
         if args.revision:
             raise PromptError("--revision is that of --tags; give --tags, or leave it away")
-        backbone = Backbone.load(BackboneConfig(args.backbone or "embedded", device=args.device))
+        backbone = Backbone.load(_config(args, "embedded"))
         return MarkupModel(backbone, args.template or "markup", answers=args.answers, chat=chat_of(args))
     if args.answers != "symbols":
         raise PromptError("--tags brings along how it is answered; leave --answers away")
     if args.chat or args.system:
         raise PromptError("--tags brings along the chat that it was warmed up in; leave --chat and --system away")
     tags = tags_for(args)
-    saved = tags.backbone
-    revision = None if args.backbone else saved["revision"]
-    return load_model(tags, BackboneConfig(args.backbone or saved["name"], revision, device=args.device))
+    if args.backbone:
+        return load_model(tags, _config(args))
+    return load_model(tags, config_of(tags.backbone, device=args.device, quantisation=args.quantisation))
+
+
+def _config(args: argparse.Namespace, default: str = "") -> BackboneConfig:
+    return BackboneConfig(args.backbone or default, device=args.device, quantisation=args.quantisation)
 
 
 def tags_for(args: argparse.Namespace) -> TagFile:
@@ -79,7 +83,9 @@ def ask_for(args: argparse.Namespace) -> Ask:
             raise PromptError(f"--classifier brings its own {name}; leave --{name.replace('_', '-')} away")
     from icl_markup.classifier import MarkupClassifier
 
-    classifier = MarkupClassifier.load(args.classifier, device=args.device, batch_tokens=args.batch_tokens)
+    classifier = MarkupClassifier.load(
+        args.classifier, device=args.device, batch_tokens=args.batch_tokens, quantisation=args.quantisation
+    )
     return ask_classifier(classifier, args.top)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from icl_markup.backbone import Backbone
 from icl_markup.chat import ChatConfig
 from icl_markup.composition import composed
-from icl_markup.loading import BackboneConfig
+from icl_markup.loading import BackboneConfig, config_of
 from icl_markup.model import MarkupModel
 from icl_markup.tagfile import load_model
 from icl_markup.template import Template
@@ -38,7 +39,7 @@ def load_shared(
 
     Args:
         tags: a tag folder, a hub name, or a list of them; or None.
-        config: the backbone and its device; an empty name, or None: the tags' own, or the embedded one.
+        config: the backbone, its device and quantisation; an empty name, or None: the tags' own, or the embedded one.
         template: the template; None: that of the tags, or ``markup``.
         seed: the seed of untrained tags.
         chat: the chat of untrained tags; others bring their own along.
@@ -47,13 +48,11 @@ def load_shared(
         TagFileError, BackboneError, TemplateError: something cannot be loaded.
     """
     with _lock:
-        device = config.device if config is not None else "auto"
-        name = config.name if config is not None else ""
-        revision = None
+        wanted = config if config is not None and config.name else replace(config or BackboneConfig(), name="embedded")
         found = None if tags is None else composed(tags, template=template)
         if found is not None:
-            if not name:
-                name, revision = str(found.backbone["name"]), found.backbone["revision"]
+            if config is None or not config.name:
+                wanted = config_of(found.backbone, device=wanted.device, quantisation=wanted.quantisation)
             state: tuple[Any, ...] = (
                 found.tensors_sha256,
                 found.template.source,
@@ -64,7 +63,6 @@ def load_shared(
             )
         else:
             state = (Template.load(template or "markup").source, seed, repr(chat or ChatConfig()))
-        wanted = BackboneConfig(name or "embedded", revision, device=device)
         key = (tags is not None, *state, wanted)
         model = _models.get(key)
         if model is None:

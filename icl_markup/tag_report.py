@@ -180,7 +180,9 @@ def _print_head(console: Console, file: TagFile) -> None:
     size = len(serialised(file.vectors))
     parameters = sum(v.numel() for v in file.vectors.values())
     console.print(escape(f"{file.label}: {len(file.vectors)} tags, {parameters:,} parameters, {size:,} bytes"))
-    console.print(escape(f"backbone: {file.backbone['name']} ({file.backbone['kind']}), template {file.template.name}"))
+    form = str(file.backbone.get("quantisation", "none"))
+    described = file.backbone["kind"] if form == "none" else f"{file.backbone['kind']}, {form}"
+    console.print(escape(f"backbone: {file.backbone['name']} ({described}), template {file.template.name}"))
     if file.chat is not None:
         console.print(escape(f"in the model's chat template; system message: {file.chat.system or 'none'}"))
     for key, value in file.training.items():

@@ -1,7 +1,8 @@
 """Tag folders: ``tags.safetensors`` (one tensor a tag), ``tags.json`` (everything else) and a model card.
 
 A folder is a few kilobytes, holds nothing that is executed, and is written whole or not at all. It names the
-backbone that its tags were made for, and loading it on another one is an error.
+backbone that its tags were made for, and loading it on another one is an error. The same backbone in another type, or
+quantised, is not another one.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from icl_markup.errors import ConfigError, TagFileError, TemplateError
 from icl_markup.fingerprint import Fingerprint
 from icl_markup.folders import replace_folder
 from icl_markup.hub import CARD, DETAILS, TENSORS, locate
-from icl_markup.loading import BackboneConfig
+from icl_markup.loading import BackboneConfig, config_of
 from icl_markup.markup import Answers
 from icl_markup.model import MarkupModel
 from icl_markup.report_rows import parse_row
@@ -48,7 +49,7 @@ class TagFile:
         folder: where it was read; None for tags that were composed and not written.
         vectors: rows by tag name, each of shape (width, embedding width), fp32.
         template: the template that the tags were warmed up in.
-        backbone: the backbone's name, revision, kind and embedding width.
+        backbone: the backbone's name, revision, kind, embedding width and quantisation.
         fingerprint: that of the backbone.
         answers: symbols or names.
         length_normalised: whether names are scored by the mean log-probability of their tokens.
@@ -173,6 +174,7 @@ def tags_of(model: MarkupModel, training: dict[str, Any] | None = None, ancestry
             "revision": backbone.revision,
             "kind": backbone.kind,
             "embedding_width": backbone.width,
+            "quantisation": backbone.quantisation,
         },
         Fingerprint.of(backbone),
         model.answers,
@@ -290,7 +292,7 @@ def load_model(tags: str | Path | TagFile, backbone: Backbone | BackboneConfig |
     if not isinstance(tags, TagFile):
         tags = read_tags(tags)
     if backbone is None:
-        backbone = BackboneConfig(str(tags.backbone["name"]), revision=tags.backbone["revision"])
+        backbone = config_of(tags.backbone)
     if isinstance(backbone, BackboneConfig):
         backbone = Backbone.load(backbone)
     difference = tags.fingerprint.difference(Fingerprint.of(backbone))

@@ -28,6 +28,7 @@ from icl_markup.episodes import EpisodeConfig, EpisodeSampler
 from icl_markup.errors import WarmupError
 from icl_markup.evaluation import answer_queries
 from icl_markup.model import MarkupModel
+from icl_markup.quantisation import check_gradients
 from icl_markup.readers import read_task
 from icl_markup.start import Start
 from icl_markup.stream import Position, PromptStream, Step
@@ -153,7 +154,7 @@ class _Warmup:
         self._told_to_stop = False
 
     def run(self) -> WarmupResult:
-        _assert_only_tags_train(self.model)
+        _check_trainable(self.model)
         checksum = self.model.backbone.checksum()
         self._open_output()
         if self.config.tracker != "none":
@@ -370,6 +371,7 @@ class _Warmup:
             "best step": state.best_step,
             "learning rate": self.config.optimiser.learning_rate * self.scale,
             "precision": self.model.backbone.precision,
+            "quantisation": self.model.backbone.quantisation,
             "padding": round(1 - state.tokens / state.positions, 4) if state.positions else 0.0,
             "seed": self.config.seed,
             **self.start.summary(),
@@ -411,10 +413,18 @@ def _embedding_deviation(backbone: Backbone) -> float:
         return float(backbone.embedding(sample).float().std(0).mean())
 
 
-def _assert_only_tags_train(model: MarkupModel) -> None:
-    trainable = [name for name, p in model.backbone.model.named_parameters() if p.requires_grad]
+def _check_trainable(model: MarkupModel) -> None:
+    backbone = model.backbone
+    trainable = [name for name, p in backbone.model.named_parameters() if p.requires_grad]
     if trainable:
         raise WarmupError(f"{trainable[0]} of the backbone requires a gradient; only tags may")
+    if backbone.quantisation == "none":
+        return
+    dtype = next(backbone.embedding.parameters()).dtype
+    if dtype == torch.float16:
+        raise WarmupError("fp16 trains with loss scaling, under autocast, which a quantised backbone does not take; "
+                          "set backbone.dtype to bf16 or fp32")  # fmt: skip
+    check_gradients(backbone.model, dtype)
 
 
 def _for_tasks(episodes: EpisodeConfig, tasks: Sequence[Task], most: int | None) -> EpisodeConfig:
