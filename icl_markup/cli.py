@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from icl_markup.config import describe, load_config
 from icl_markup.errors import MarkupError, PromptError
+from icl_markup.export_cli import add_commands as add_export_commands
 from icl_markup.serve import add_arguments as add_serve_arguments
 
 _FIT = "Make a classifier of labels and examples; nothing is trained. Writes a folder for predict and serve."
@@ -117,6 +118,8 @@ def _parser() -> argparse.ArgumentParser:
     tags.add_argument("folder", help="the tag folder")
     tags.add_argument("--nearest", type=int, default=5, help="how many nearest vocabulary tokens to show")
     tags.set_defaults(run=_tags)
+
+    add_export_commands(commands, _add_episode)
 
     quickstart = commands.add_parser("quickstart", help="warm up and measure on the embedded default")
     quickstart.add_argument("--output", default="runs/quickstart", help="the folder for the run")
