@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from icl_markup.config import describe, load_config
 from icl_markup.errors import MarkupError, PromptError
+from icl_markup.export_cli import add_commands as add_export_commands
 from icl_markup.quantisation import add_argument as add_quantisation
 from icl_markup.serve import add_arguments as add_serve_arguments
 from icl_markup.tag_commands import add_tag_commands
@@ -118,6 +119,8 @@ def _parser() -> argparse.ArgumentParser:
     add_understanding(commands, _add_model, _add_episode)
 
     add_tag_commands(commands)
+
+    add_export_commands(commands, _add_episode)
 
     quickstart = commands.add_parser("quickstart", help="warm up and measure on the embedded default")
     _add_quickstart(quickstart)

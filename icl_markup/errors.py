@@ -30,6 +30,10 @@ class TagFileError(MarkupError):
     """A tag folder is missing, damaged, or was made for another backbone."""
 
 
+class ExportError(MarkupError):
+    """Tags cannot be written in another tool's format, or what was written does not answer as the model does."""
+
+
 class ConfigError(MarkupError):
     """A configuration holds an unknown key or a value of the wrong type or range."""
 

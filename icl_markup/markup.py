@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from icl_markup.answers import OptionSymbols
 from icl_markup.episodes import Demo, Episode, Option, Query
@@ -19,7 +19,6 @@ from icl_markup.errors import PromptError
 from icl_markup.layout import Layout
 from icl_markup.prompt import Piece, Prompt, Slot
 from icl_markup.segments import HEAD
-from icl_markup.tags import TagTable
 from icl_markup.template import Node, Template
 from icl_markup.text import TextEncoder, is_encodable
 
@@ -32,6 +31,13 @@ SHORTEST_DEMO = 8
 """Demonstrations are shortened to no fewer tokens than this before any of them is dropped."""
 
 
+class TagIds(Protocol):
+    """Where the soft tokens of tags lie: a `TagTable`, or an exported vocabulary (`icl_markup.placement`)."""
+
+    def ids(self, name: str) -> list[int]:
+        """Return the ids of a tag's soft tokens."""
+
+
 class Markup:
     """Composes prompts of one template for one backbone.
 
@@ -39,7 +45,7 @@ class Markup:
         template: the template.
         encoder: the backbone's tokenizer as a `TextEncoder`.
         layout: what the kind of backbone puts around a prompt, and where its slots are.
-        table: the tags' soft tokens; None for a template in plain words.
+        table: the ids of the tags' soft tokens; None for a template in plain words.
         answers: ``symbols``: the slot is answered with an option's letter; ``names``: with its whole name.
         max_length: the longest prompt in tokens.
 
@@ -52,7 +58,7 @@ class Markup:
         template: Template,
         encoder: TextEncoder,
         layout: Layout,
-        table: TagTable | None = None,
+        table: TagIds | None = None,
         *,
         answers: Answers = "symbols",
         max_length: int = 512,
