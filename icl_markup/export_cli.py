@@ -38,7 +38,7 @@ def add_commands(commands: Any, add_episode: Any) -> None:
     back.add_argument("--out", required=True, help="the tag folder to write")
     back.add_argument("--template", help="the template that uses the tags (default: the one beside the adapter)")
     back.add_argument("--tag", action="append", default=[], metavar="'<NAME>=ID,ID'",
-                      help="a tag and its soft tokens' ids (default: as files beside the adapter name them)")  # fmt: skip
+                      help="a tag and its soft tokens' ids (default: what files beside the adapter say)")  # fmt: skip
     back.add_argument("--device", default="auto", help="cpu, cuda, mps …")
     back.set_defaults(run=_import)
 
