@@ -65,7 +65,7 @@ def scattered(model: MarkupModel, count: int = 2) -> list[list[int]]:
     assert table is not None
     generator = torch.Generator().manual_seed(0)
     words = backbone.vocabulary.cpu()
-    tags = range(table.first_id, table.first_id + len(table.rows))
+    tags = range(table.first_id, table.first_id + table.count)
     most = max(1, (backbone.max_length - len(backbone.layout.prefix) - len(backbone.layout.suffix)) // 2)
     lines = []
     for _ in range(count):

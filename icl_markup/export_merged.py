@@ -62,7 +62,7 @@ def export_merged(model: MarkupModel, folder: str | Path) -> Merged:
     assert model.table is not None
     backbone = model.backbone
     placement, tokenizer = place_tags(backbone.tokenizer, model.table)
-    merged = with_rows(backbone, placement.all_ids, model.table.rows.detach())
+    merged = with_rows(backbone, placement.all_ids, model.table.all_rows().detach())
     _suppress(merged.generation_config, placement.all_ids)
     rows = merged.get_input_embeddings().weight.shape[0]
     resized = rows if rows > backbone.first_tag_id else None

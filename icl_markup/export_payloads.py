@@ -98,7 +98,7 @@ def sglang_score_request(model: MarkupModel, prompts: Sequence[Prompt], name: st
         raise ExportError("there is no prompt to make a request of")
     table = model.table
     placeholder = _unused(model, prompts)
-    rows = table.rows.detach().to(next(model.backbone.embedding.parameters()).dtype).float().cpu()
+    rows = table.all_rows().detach().to(next(model.backbone.embedding.parameters()).dtype).float().cpu()
     items, overrides = [], []
     for prompt in prompts:
         tags = [i for i in prompt.ids if i >= table.first_id]

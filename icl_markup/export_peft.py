@@ -66,7 +66,7 @@ def export_peft(model: MarkupModel, folder: str | Path) -> Agreement:
         task_type=_TASKS[backbone.kind],
         inference_mode=True,
     )
-    values = model.table.rows.detach().cpu() / embedding_scale(backbone)
+    values = model.table.all_rows().detach().cpu() / embedding_scale(backbone)
     with new_folder(folder) as part:
         config.save_pretrained(part)
         tensors = {f"base_model.model.{target}.{DELTA}": values.contiguous()}
