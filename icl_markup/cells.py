@@ -16,6 +16,7 @@ from safetensors.numpy import save
 
 from icl_markup.episodes import Episode
 from icl_markup.errors import EvaluationError
+from icl_markup.files import write_whole
 from icl_markup.method import EpisodeScores
 
 _COLUMNS = ("answers", "predicted", "inside", "confidence", "loss", "out_of_scope")
@@ -89,12 +90,14 @@ class Cell:
         return np.asarray(self.answers[0] == self.inside[0])
 
     def save(self, path: Path) -> None:
-        """Write the cell, whole or not at all."""
+        """Write the cell, whole or not at all.
+
+        Raises:
+            OSError: it cannot be written.
+        """
         arrays = {name: getattr(self, name) for name in (*_COLUMNS, "episodes", "none")}
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_bytes(save(arrays, metadata={"facts": json.dumps(self.facts, ensure_ascii=False)}))
-        part.replace(path)
+        write_whole(path, save(arrays, metadata={"facts": json.dumps(self.facts, ensure_ascii=False)}))
 
     @classmethod
     def load(cls, path: Path) -> Cell:

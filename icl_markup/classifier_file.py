@@ -5,7 +5,6 @@ A folder holds nothing that is executed and names the backbone, which is not in 
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -16,9 +15,10 @@ import numpy as np
 from icl_markup.backbone import Backbone
 from icl_markup.calibration import Calibration
 from icl_markup.errors import ConfigError, MarkupError, TagFileError
+from icl_markup.files import read_details, replace_folder, sealed
 from icl_markup.loading import BackboneConfig
 from icl_markup.model import MarkupModel
-from icl_markup.tagfile import replace_folder, save_model
+from icl_markup.tagfile import save_model
 from icl_markup.tasks import NONE_OF_THE_ABOVE
 from icl_markup.template import Template
 
@@ -55,14 +55,14 @@ def save_classifier(classifier: MarkupClassifier, folder: str | Path) -> Path:
         "calibration": classifier.calibration_.to_json(),
     }
     try:
-        text = json.dumps(details, indent=1, ensure_ascii=False, default=_plain) + "\n"
+        content = sealed(details, _plain)
     except TypeError as error:
         raise ConfigError(f"a parameter of the classifier cannot be written as data: {error}") from error
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         try:
-            files = {FILE: text.encode()}
+            files = {FILE: content}
             if model.table is not None:
                 tags = save_model(model, part / TAGS, classifier.tags_training())
                 files |= {f"{TAGS}/{file.name}": file.read_bytes() for file in sorted(tags.iterdir())}
@@ -95,7 +95,7 @@ def load_classifier(folder: str | Path, device: str = "auto", batch_tokens: int 
 
     folder = Path(folder)
     path = folder / FILE
-    details = _read(path)
+    details = read_details(path, FORMAT, "classifier")
     try:
         parameters = dict(details["parameters"])
         known = set(MarkupClassifier().get_params(deep=False)) - set(_ELSEWHERE)
@@ -137,20 +137,6 @@ def _template_of(model: MarkupModel) -> dict[str, Any]:
 def _plain_model(config: BackboneConfig, source: str, answers: Any, length_normalised: bool) -> MarkupModel:
     template = Template.parse(str(source), "saved")
     return MarkupModel(Backbone.load(config), template, answers=answers, length_normalised=bool(length_normalised))
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        details = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise TagFileError(f"{path}: cannot be read: {error.strerror}; is this a classifier folder?") from error
-    except (ValueError, RecursionError) as error:
-        raise TagFileError(f"{path}: damaged: not valid JSON ({error})") from error
-    if not isinstance(details, dict) or "format" not in details:
-        raise TagFileError(f"{path}: damaged: no format version")
-    if details["format"] != FORMAT:
-        raise TagFileError(f"{path}: format {details['format']!r}; this version reads format {FORMAT}")
-    return details
 
 
 def _index(value: Any, count: int) -> int:

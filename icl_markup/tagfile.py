@@ -7,10 +7,6 @@ backbone that its tags were made for, and loading it on another one is an error.
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +14,12 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
-from torch import Tensor
+from torch import Tensor, float32
 
 from icl_markup.backbone import Backbone
 from icl_markup.card import model_card
 from icl_markup.errors import TagFileError, TemplateError
+from icl_markup.files import read_details, read_regular, replace_folder, sealed
 from icl_markup.fingerprint import Fingerprint
 from icl_markup.loading import BackboneConfig
 from icl_markup.model import MarkupModel
@@ -30,6 +27,8 @@ from icl_markup.template import Template
 
 FORMAT = 1
 _TENSORS, _DETAILS, _CARD = "tags.safetensors", "tags.json", "README.md"
+_MOST_TENSORS = 2**30
+"""Tensors of more bytes than this are not read; the widest tags of the widest model take a hundredth of it."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ def save_model(model: MarkupModel, folder: str | Path, training: dict[str, Any] 
     }
     files = {
         _TENSORS: tensors,
-        _DETAILS: (json.dumps(details, indent=1, ensure_ascii=False) + "\n").encode(),
+        _DETAILS: sealed(details),
         _CARD: model_card(details, len(tensors)).encode(),
     }
     try:
@@ -105,10 +104,10 @@ def read_tags(folder: str | Path) -> TagFile:
         TagFileError: a file is missing, damaged or of a later format, or the files contradict each other.
     """
     folder = Path(folder)
-    details = _read_details(folder / _DETAILS)
+    details = read_details(folder / _DETAILS, FORMAT, "tag")
     path = folder / _TENSORS
     try:
-        raw = path.read_bytes()
+        raw = read_regular(path, _MOST_TENSORS)
     except OSError as error:
         raise TagFileError(f"{path}: cannot be read: {error.strerror}") from error
     try:
@@ -129,12 +128,12 @@ def read_tags(folder: str | Path) -> TagFile:
         )
         declared = {str(t["name"]): int(t["width"]) for t in details["tags"]}
         width = int(result.backbone["embedding_width"])
-        _ = str(result.backbone["name"]), result.backbone["revision"], result.backbone["kind"]
+        _check_backbone(result.backbone)
     except SafetensorError as error:
         raise TagFileError(f"{path}: damaged: {error}") from error
     except TemplateError as error:
         raise TagFileError(f"{folder / _DETAILS}: damaged template: {error}") from error
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, LookupError, ArithmeticError) as error:
         if isinstance(error, TagFileError):
             raise
         raise TagFileError(f"{folder / _DETAILS}: damaged: {type(error).__name__} {error}") from error
@@ -142,6 +141,9 @@ def read_tags(folder: str | Path) -> TagFile:
     found = {name: tuple(value.shape) for name, value in vectors.items()}
     if found != expected or {t.name: t.width for t in template.tags} != declared:
         raise TagFileError(f"{path}: damaged: holds {found}, but {_DETAILS} lists {expected}")
+    for name, rows in vectors.items():
+        if rows.dtype != float32 or not bool(rows.isfinite().all()):
+            raise TagFileError(f"{path}: damaged: {name} holds {rows.dtype}, or values that are no numbers")
     if result.answers not in ("symbols", "names"):
         raise TagFileError(f"{folder / _DETAILS}: damaged: answers is {result.answers!r}")
     return result
@@ -163,46 +165,9 @@ def load_model(folder: str | Path, backbone: Backbone | BackboneConfig | None = 
     return MarkupModel(backbone, tags.template, tags.vectors, answers=answers, length_normalised=tags.length_normalised)
 
 
-def _read_details(path: Path) -> dict[str, Any]:
-    try:
-        details = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise TagFileError(f"{path}: cannot be read: {error.strerror}; is this a tag folder?") from error
-    except (ValueError, RecursionError) as error:
-        raise TagFileError(f"{path}: damaged: not valid JSON ({error})") from error
-    if not isinstance(details, dict) or "format" not in details:
-        raise TagFileError(f"{path}: damaged: no format version")
-    if details["format"] != FORMAT:
-        raise TagFileError(f"{path}: format {details['format']!r}; this version reads format {FORMAT}")
-    return details
-
-
-def replace_folder(folder: Path, files: dict[str, bytes]) -> None:
-    """Write files, by their paths in it, into a new folder beside `folder`, then put it in its place."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        for name, content in files.items():
-            (part / name).parent.mkdir(exist_ok=True)
-            with (part / name).open("wb") as out:
-                out.write(content)
-                out.flush()
-                os.fsync(out.fileno())
-        part.chmod(0o755)
-        if folder.exists():
-            # A folder that is not empty cannot be replaced in one call: the old one steps aside and, if the new one
-            # cannot take its place, comes back.
-            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
-            folder.rename(old / "was")
-            try:
-                part.rename(folder)
-            except BaseException:
-                (old / "was").rename(folder)
-                raise
-            finally:
-                shutil.rmtree(old, ignore_errors=True)
-        else:
-            part.rename(folder)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
+def _check_backbone(told: dict[str, Any]) -> None:
+    """Check the types of what is given to transformers."""
+    if not isinstance(told["name"], str) or not isinstance(told["kind"], str):
+        raise TypeError("backbone: name and kind are no text")
+    if not isinstance(told["revision"], str | None):
+        raise TypeError("backbone: revision is no text")
