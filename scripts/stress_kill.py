@@ -63,6 +63,7 @@ def main() -> int:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
     rows, wrong = Path(args.rows).resolve(), 0
+    told = provenance()  # found out once: it is a part of what an evaluation writes
     command = f"python scripts/stress_kill.py {args.rows} --kills {args.kills} --seed {args.seed}"
     with tempfile.TemporaryDirectory() as place:
         os.chdir(place)
@@ -71,7 +72,7 @@ def main() -> int:
         for name in args.jobs:
             found = stress(name, args.kills, random.Random(f"{args.seed}/{name}"))
             what = {"experiment": "robustness", "what": f"SIGKILL at random moments, then resumed: {name}"}
-            write_rows(rows, [{**what, "seed": args.seed, **found, "command": command, **provenance()}])
+            write_rows(rows, [{**what, "seed": args.seed, **found, "command": command, **told}])
             print(json.dumps({name: found}), flush=True)
             wrong += found["different_files"] + found["missing_or_more_files"] + found["failed_starts"]
     return 1 if wrong else 0
