@@ -109,11 +109,23 @@ class Cell:
         try:
             with safe_open(path, framework="numpy") as file:
                 facts = json.loads(file.metadata()["facts"])
-                return cls(**{name: file.get_tensor(name) for name in file.keys()}, facts=facts)  # noqa: SIM118
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+                cell = cls(**{name: file.get_tensor(name) for name in file.keys()}, facts=facts)  # noqa: SIM118
+            cell._check()
+            return cell
+        except OSError as error:
+            raise EvaluationError(f"{path}: cannot be read: {error.strerror or error}") from error
+        except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise EvaluationError(
                 f"{path}: a damaged cell ({error}); remove the file, and it is measured anew"
             ) from error
+
+    def _check(self) -> None:
+        """Raise a ValueError where the shapes do not belong together."""
+        shape = self.answers.shape
+        if len(shape) != 2 or any(getattr(self, name).shape != shape for name in _COLUMNS):
+            raise ValueError("its columns have different shapes")
+        if self.episodes.shape != shape[1:] or self.none.shape != shape[1:] or not isinstance(self.facts, dict):
+            raise ValueError("its parts do not belong together")
 
 
 def cell_name(**parts: Any) -> str:

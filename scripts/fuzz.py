@@ -16,6 +16,8 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]
+
 
 def main() -> None:
     """Run every target in a process of its own, one after the other, or one of them in this process."""
@@ -27,13 +29,13 @@ def main() -> None:
     parser.add_argument("--targets", nargs="*", help="some targets only")
     parser.add_argument("--here", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    sys.path.insert(0, str(ROOT))
     work = Path(args.work)
     if args.here:
         _fuzz(args.here, work, args.seconds, args.seed)
         return
-    from fuzz_targets import TARGETS
-
     from icl_markup.results import provenance, write_rows
+    from tests.fuzz_targets import TARGETS
 
     command = f"python scripts/fuzz.py {args.rows} --seconds {args.seconds} --seed {args.seed}"
     for name in args.targets or TARGETS:
@@ -71,7 +73,7 @@ def _fuzz(name: str, work: Path, seconds: int, seed: int) -> None:
         del sys.modules[module]
     del sys.modules["icl_markup"]
     with atheris.instrument_imports(include=["icl_markup"]):
-        from fuzz_targets import TARGETS, seeds
+        from tests.fuzz_targets import TARGETS, seeds
 
     corpus = work / name
     corpus.mkdir(parents=True, exist_ok=True)

@@ -48,7 +48,6 @@ JOBS = {
     "evaluation": ["evaluate", "experiment.yaml"],
     "prediction": ["predict", "--classifier", "../classifier", "--file", "../texts.txt", "--out", "answers.jsonl"],
 }
-TEXTS = 560
 
 
 def main() -> int:
@@ -58,6 +57,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--steps", type=int, default=24, help="of the warm-up")
+    parser.add_argument("--texts", type=int, default=560, help="of the prediction")
     parser.add_argument("--jobs", nargs="*", choices=list(JOBS), default=list(JOBS))
     args = parser.parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -67,7 +67,7 @@ def main() -> int:
     command = f"python scripts/stress_kill.py {args.rows} --kills {args.kills} --seed {args.seed}"
     with tempfile.TemporaryDirectory() as place:
         os.chdir(place)
-        if _forked(lambda: _prepare(args.steps)).wait():
+        if _forked(lambda: _prepare(args.steps, args.texts)).wait():
             raise SystemExit("the backbone and the classifier could not be made")
         for name in args.jobs:
             found = stress(name, args.kills, random.Random(f"{args.seed}/{name}"))
@@ -177,7 +177,7 @@ def _folder(job: str, name: str) -> Path:
     return folder
 
 
-def _prepare(steps: int) -> int:
+def _prepare(steps: int, count: int) -> int:
     tasks = [read_task(path) for path in sample_folders("warmup")[:3]]
     texts = [one.text for task in tasks for examples in task.splits.values() for one in examples]
     _save_backbone(texts)
@@ -212,7 +212,7 @@ def _prepare(steps: int) -> int:
     }
     Path("warmup.yaml").write_text(json.dumps(warmup))
     Path("experiment.yaml").write_text(json.dumps(experiment))
-    many = [texts[i % len(texts)] + (" – ünïcode" if i % 7 == 0 else "") for i in range(TEXTS)]
+    many = [texts[i % len(texts)] + (" – ünïcode" if i % 7 == 0 else "") for i in range(count)]
     Path("texts.txt").write_text("\n".join(many) + "\n")
     arguments = ["--backbone", "backbone", "--device", "cpu", "--shots", "1", "--out", "classifier"]
     return cli.main(["fit", str(sample_folders("unseen")[0]), *arguments])

@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save
 
@@ -156,7 +157,9 @@ def cell(data: bytes) -> None:
     """A cell of an experiment."""
     with suppress(MarkupError):
         found = Cell.load(_written("cell.safetensors", data))
-        assert found.correct.shape == found.predicted.shape
+        assert found.correct.shape == found.predicted.shape == found.loss.shape
+        assert found.right_inside.shape == found.episodes.shape == found.none.shape
+        assert found.facts is not None
 
 
 def calibration(data: bytes) -> None:
@@ -204,6 +207,12 @@ def seeds(name: str) -> Iterable[bytes]:
         where.mkdir(exist_ok=True)
         save_checkpoint(where, torch.ones(2, 3), torch.ones(2, 3), optimizer, Progress(), {"seed": 1})
         yield (where / "checkpoint.safetensors").read_bytes()
+    elif name == "cell":
+        numbers, values = np.zeros((2, 3), dtype=np.int64), np.zeros((2, 3))
+        path = _place() / "seed.safetensors"
+        cell_of = Cell(numbers, numbers, numbers, values, values, values, numbers[0], numbers[0], {"task": "t"})
+        cell_of.save(path)
+        yield path.read_bytes()
     elif name == "calibration":
         yield json.dumps(Calibration({"x": -0.5}, 1.5, 0.2).to_json()).encode()
 
