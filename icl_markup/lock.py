@@ -48,7 +48,8 @@ def only_run(output: Path, error: type[MarkupError], *, folder: bool = False) ->
             path.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
         yield
     finally:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):  # a disk that has become read-only keeps the file, which hinders nobody
+            path.unlink(missing_ok=True)
         lock.release()
 
 
