@@ -6,12 +6,13 @@ PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --co
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install quickstart test results lint types unit clean
+.PHONY: help install quickstart test results lint types unit audit clean
 
 help:
 	@echo "make quickstart   install, warm tags up on the embedded tasks, and compare them with plain words"
 	@echo "make test         install, lint, check types and run the tests"
 	@echo "make results      install, and make every number of results/ again (hours; goes on where it was stopped)"
+	@echo "make audit        compare the pinned versions with published advisories (needs the network)"
 	@echo "make clean        remove the virtual environment and caches"
 
 $(VENV)/pyvenv.cfg:
@@ -48,5 +49,11 @@ types: .installed-dev
 unit: .installed-dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
+# In an environment of its own: pip-audit brings versions of its own along.
+audit:
+	$(PYTHON) -m venv .venv-audit
+	PIP_DISABLE_PIP_VERSION_CHECK=1 .venv-audit/bin/python -m pip install --quiet pip-audit
+	.venv-audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict
+
 clean:
-	rm -rf $(VENV) .installed-run .installed-dev .mypy_cache .ruff_cache .pytest_cache build *.egg-info
+	rm -rf $(VENV) .venv-audit .installed-run .installed-dev .mypy_cache .ruff_cache .pytest_cache build *.egg-info

@@ -16,6 +16,7 @@ from safetensors.numpy import save
 
 from icl_markup.episodes import Episode
 from icl_markup.errors import EvaluationError
+from icl_markup.files import write_whole
 from icl_markup.method import EpisodeScores
 
 _COLUMNS = ("answers", "predicted", "inside", "confidence", "loss", "out_of_scope")
@@ -89,12 +90,14 @@ class Cell:
         return np.asarray(self.answers[0] == self.inside[0])
 
     def save(self, path: Path) -> None:
-        """Write the cell, whole or not at all."""
+        """Write the cell, whole or not at all.
+
+        Raises:
+            OSError: it cannot be written.
+        """
         arrays = {name: getattr(self, name) for name in (*_COLUMNS, "episodes", "none")}
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_bytes(save(arrays, metadata={"facts": json.dumps(self.facts, ensure_ascii=False)}))
-        part.replace(path)
+        write_whole(path, save(arrays, metadata={"facts": json.dumps(self.facts, ensure_ascii=False)}))
 
     @classmethod
     def load(cls, path: Path) -> Cell:
@@ -106,11 +109,23 @@ class Cell:
         try:
             with safe_open(path, framework="numpy") as file:
                 facts = json.loads(file.metadata()["facts"])
-                return cls(**{name: file.get_tensor(name) for name in file.keys()}, facts=facts)  # noqa: SIM118
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+                cell = cls(**{name: file.get_tensor(name) for name in file.keys()}, facts=facts)  # noqa: SIM118
+            cell._check()
+            return cell
+        except OSError as error:
+            raise EvaluationError(f"{path}: cannot be read: {error.strerror or error}") from error
+        except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise EvaluationError(
                 f"{path}: a damaged cell ({error}); remove the file, and it is measured anew"
             ) from error
+
+    def _check(self) -> None:
+        """Raise a ValueError where the shapes do not belong together."""
+        shape = self.answers.shape
+        if len(shape) != 2 or any(getattr(self, name).shape != shape for name in _COLUMNS):
+            raise ValueError("its columns have different shapes")
+        if self.episodes.shape != shape[1:] or self.none.shape != shape[1:] or not isinstance(self.facts, dict):
+            raise ValueError("its parts do not belong together")
 
 
 def cell_name(**parts: Any) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,10 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from icl_markup.errors import WarmupError
+from icl_markup.files import read_regular, write_whole
 
 _NAME = "checkpoint.safetensors"
+_MOST = 2**40
 
 
 @dataclass
@@ -71,18 +73,19 @@ def save_checkpoint(
     for index, state in optimizer.state_dict()["state"].items():
         for name, value in state.items():
             tensors[f"optimizer.{index}.{name}"] = torch.as_tensor(value).cpu().contiguous()
-    details = json.dumps({"progress": asdict(progress), "config": config})
-    part = folder / (_NAME + ".part")
-    with part.open("wb") as out:
-        out.write(save(tensors, metadata={"details": details}))
-        out.flush()
-        os.fsync(out.fileno())
-    part.replace(folder / _NAME)
+    told = {"progress": asdict(progress), "config": config}
+    details = json.dumps({**told, "sha256": _digest(tensors, told)})
+    write_whole(folder / _NAME, save(tensors, metadata={"details": details}))
 
 
 def has_checkpoint(folder: Path) -> bool:
     """Return whether `folder` holds a checkpoint."""
     return (folder / _NAME).exists()
+
+
+def drop_checkpoint(folder: Path) -> None:
+    """Delete the checkpoint: that of a whole model is several times as large as the trained weights."""
+    (folder / _NAME).unlink(missing_ok=True)
 
 
 def load_checkpoint(folder: Path, optimizer: torch.optim.Optimizer) -> tuple[Tensor, Tensor, Progress, Any]:
@@ -96,19 +99,45 @@ def load_checkpoint(folder: Path, optimizer: torch.optim.Optimizer) -> tuple[Ten
     """
     path = folder / _NAME
     try:
-        raw = path.read_bytes()
+        raw = read_regular(path, _MOST)
         tensors = load(raw)
         header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
         details = json.loads(header["__metadata__"]["details"])
         progress = Progress(**details["progress"])
-        rows, best = tensors.pop("rows"), tensors.pop("best")
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        told = details.pop("sha256", None)  # there was none in earlier versions
+        if told is not None and told != _digest(tensors, details):
+            raise ValueError("its content differs from its checksum")
+        rows, best, config = tensors.pop("rows"), tensors.pop("best"), details["config"]
+        _check(progress, config)
+        restored: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            _, index, name = key.split(".", 2)
+            restored.setdefault(int(index), {})[name] = value
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": restored})
+    except OSError as error:
+        raise WarmupError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (SafetensorError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise WarmupError(f"{path}: damaged checkpoint ({error}); delete it to start afresh") from error
-    state = optimizer.state_dict()
-    restored: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        _, index, name = key.split(".", 2)
-        restored.setdefault(int(index), {})[name] = value
-    state["state"] = restored
-    optimizer.load_state_dict(state)
-    return rows, best, progress, details["config"]
+    return rows, best, progress, config
+
+
+def _digest(tensors: dict[str, Tensor], told: dict[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _check(progress: Progress, config: Any) -> None:
+    """Check the types of what was read.
+
+    Raises:
+        TypeError: one is wrong.
+    """
+    for known in fields(Progress):
+        kind, value = type(getattr(Progress(), known.name)), getattr(progress, known.name)
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise TypeError(f"{known.name} is {value!r}")
+    if not isinstance(config, dict):
+        raise TypeError(f"the configuration is {config!r}")

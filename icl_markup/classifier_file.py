@@ -5,7 +5,6 @@ A folder holds nothing that is executed and names the backbone, which is not in 
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -17,7 +16,7 @@ from icl_markup.backbone import Backbone
 from icl_markup.calibration import Calibration
 from icl_markup.chat import ChatFrame
 from icl_markup.errors import ConfigError, MarkupError, TagFileError
-from icl_markup.folders import replace_folder
+from icl_markup.files import read_details, replace_folder, sealed
 from icl_markup.loading import BackboneConfig, config_of
 from icl_markup.model import MarkupModel
 from icl_markup.quantisation import Quantisation
@@ -67,14 +66,14 @@ def save_classifier(classifier: MarkupClassifier, folder: str | Path) -> Path:
     if model.table is None and model.chat is not None:
         details["format"] = FORMAT_IN_CHAT
     try:
-        text = json.dumps(details, indent=1, ensure_ascii=False, default=_plain) + "\n"
+        content = sealed(details, _plain)
     except TypeError as error:
         raise ConfigError(f"a parameter of the classifier cannot be written as data: {error}") from error
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         try:
-            files = {FILE: text.encode()}
+            files = {FILE: content}
             if model.table is not None:
                 tags = save_model(model, part / TAGS)
                 files |= {f"{TAGS}/{file.name}": file.read_bytes() for file in sorted(tags.iterdir())}
@@ -112,7 +111,7 @@ def load_classifier(
 
     folder = Path(folder)
     path = folder / FILE
-    details = _read(path)
+    details = read_details(path, (FORMAT, FORMAT_IN_CHAT), "classifier")
     try:
         parameters = dict(details["parameters"])
         known = set(MarkupClassifier().get_params(deep=False)) - set(_ELSEWHERE)
@@ -164,22 +163,6 @@ def _plain_model(
     return MarkupModel(
         Backbone.load(config), template, answers=answers, length_normalised=bool(length_normalised), chat=chat
     )
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        details = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise TagFileError(f"{path}: cannot be read: {error.strerror}; is this a classifier folder?") from error
-    except (ValueError, RecursionError) as error:
-        raise TagFileError(f"{path}: damaged: not valid JSON ({error})") from error
-    if not isinstance(details, dict) or "format" not in details:
-        raise TagFileError(f"{path}: damaged: no format version")
-    if details["format"] not in (FORMAT, FORMAT_IN_CHAT):
-        raise TagFileError(
-            f"{path}: format {details['format']!r}; this version reads formats {FORMAT} and {FORMAT_IN_CHAT}"
-        )
-    return details
 
 
 def _index(value: Any, count: int) -> int:

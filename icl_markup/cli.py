@@ -9,12 +9,11 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TextIO
 
 from tqdm import tqdm
 
 from icl_markup.config import describe, load_config
-from icl_markup.errors import MarkupError, PromptError
+from icl_markup.errors import Interrupted, MarkupError, PromptError
 from icl_markup.export_cli import add_commands as add_export_commands
 from icl_markup.quantisation import add_argument as add_quantisation
 from icl_markup.serve import add_arguments as add_serve_arguments
@@ -39,12 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     command: Callable[[argparse.Namespace, list[str]], int | None] = args.run
     try:
         return command(args, overrides) or 0
+    except (Interrupted, KeyboardInterrupt) as error:
+        print(f"icl-markup: {error or 'interrupted'}{_how_to_go_on(arguments)}", file=sys.stderr)
+        return 130
     except MarkupError as error:
         print(f"icl-markup: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("icl-markup: interrupted", file=sys.stderr)
-        return 130
     except BrokenPipeError:
         # The reader has gone (`| head`): what is left must not be flushed into the closed pipe at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -52,6 +51,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:  # a full disk, a folder that is gone
         print(f"icl-markup: {error}", file=sys.stderr)
         return 2
+
+
+def _how_to_go_on(arguments: list[str]) -> str:
+    """Return what to say after an interruption: the command that goes on, where one does."""
+    command = shlex.join(["icl-markup", *arguments])
+    if arguments[0] == "warmup":
+        resumes = any(word.startswith("--resume") for word in arguments)
+        return f"\ngo on with: {command}{'' if resumes else ' --resume true'}"
+    if arguments[0] == "evaluate":
+        return f"\nwhat was measured is kept; go on with: {command}"
+    if arguments[0] == "predict" and any(word.split("=")[0] == "--out" for word in arguments):
+        return f"\nthe answers so far are kept; go on with: {command}"
+    return ""
 
 
 def _split(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -242,19 +254,16 @@ def _predict(args: argparse.Namespace, _overrides: list[str]) -> int:
     failed = 0
     with open_texts(args.texts, args.file, args.text_column) as given, ExitStack() as stack:
         ask = ask_for(args)
-        out: TextIO = sys.stdout
-        texts = given
-        if args.out:
-            if args.file and Path(args.out).exists() and Path(args.out).samefile(args.file):
-                raise PromptError(f"--out {args.out}: is the file of the texts; choose another")
-            out, texts, failed = stack.enter_context(resumed(args.out, given))
-        lines = predict_lines(ask, texts, keep_errors=args.keep_errors)
-        # A bar beside answers on a terminal would break their lines.
-        bar = tqdm(lines, desc="classifying", unit="text", disable=None if args.out else True)
-        for line in bar:
-            out.write(line.json + "\n")
-            out.flush()
-            failed += line.failed
+        if not args.out:
+            for line in predict_lines(ask, given, keep_errors=args.keep_errors):
+                print(line.json, flush=True)
+                failed += line.failed
+            return 1 if failed else 0
+        if args.file and Path(args.out).exists() and Path(args.out).samefile(args.file):
+            raise PromptError(f"--out {args.out}: is the file of the texts; choose another")
+        found = stack.enter_context(resumed(args.out, given))
+        lines = found.write(predict_lines(ask, found.texts, keep_errors=args.keep_errors))
+        failed = found.failed + sum(line.failed for line in tqdm(lines, desc="classifying", unit="text", disable=None))
     return 1 if failed else 0
 
 

@@ -42,6 +42,10 @@ class WarmupError(MarkupError):
     """A warm-up cannot start, continue or go on; what was already computed is kept on disk."""
 
 
+class Interrupted(WarmupError):
+    """A warm-up was told to stop and has saved where it stood."""
+
+
 class EvaluationError(MarkupError):
     """Measurements cannot give the statistic asked for: shapes differ, a value is not finite, or a class is missing."""
 

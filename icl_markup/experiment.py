@@ -19,8 +19,10 @@ from icl_markup.cells import Cell, cell_name
 from icl_markup.config import load_config
 from icl_markup.drawing import draw, vary
 from icl_markup.episodes import Episode
-from icl_markup.errors import ConfigError, nearest
+from icl_markup.errors import ConfigError, EvaluationError, nearest
 from icl_markup.experiment_config import ExperimentConfig, Setting
+from icl_markup.files import remove_leftovers, reported
+from icl_markup.lock import only_run
 from icl_markup.measured import Measured
 from icl_markup.method import Method
 from icl_markup.readers import TaskSource, read_task
@@ -31,6 +33,7 @@ from icl_markup.summary import corrected, summarise
 from icl_markup.tasks import Task
 from icl_markup.variants import Variant, variants
 
+_GO_ON = "what was measured before is intact; make room or make it writable, then run the same command"
 SELECTION = Setting(n_way=5, k_shot=1)
 """The setting in which the best of several wordings is chosen."""
 
@@ -63,8 +66,19 @@ def run_experiment(config: ExperimentConfig, command: str, *, progress: bool = T
         All rows of the experiment.
 
     Raises:
+        EvaluationError: another run is writing to `output`, or a file cannot be written; what was measured is intact.
         MarkupError: a task, backbone, template, tag folder or method cannot be used.
     """
+    output = Path(config.output)
+    with reported(EvaluationError, output, _GO_ON):
+        output.parent.mkdir(parents=True, exist_ok=True)
+    with only_run(output, EvaluationError):
+        # Other experiments may be writing to the same folder of cells; what they write takes no hour.
+        remove_leftovers(Path(config.cells), older=3600)
+        return _run(config, command, output, progress)
+
+
+def _run(config: ExperimentConfig, command: str, output: Path, progress: bool) -> list[dict[str, Any]]:
     tasks = _read(config.tasks)
     chain = _Chain(config, command)
     selected = chain.select(_read(config.selection_tasks))
@@ -76,15 +90,16 @@ def run_experiment(config: ExperimentConfig, command: str, *, progress: bool = T
     plan = [(s, t) for s, t in product(config.settings, tasks) if s.tasks is None or t.name in s.tasks]
     total = sum(len(chain.wanted(setting)) for setting, _ in plan) * len(config.seeds)
     rows: list[dict[str, Any]] = []
-    output = Path(config.output)
     part = output.with_name(output.name + ".part")
     with tqdm(total=total, desc="cells", unit="cell", disable=not progress) as bar:
         for setting, task in plan:
             measured = [one for seed in config.seeds for one in chain.measure(task, setting, seed, bar)]
             rows = corrected([*rows, *summarise(measured, selected, config, command)])
-            write_rows(part, rows, replace=True)
-    write_rows(output, rows, replace=True)
-    part.unlink(missing_ok=True)
+            with reported(EvaluationError, part, _GO_ON):
+                write_rows(part, rows, replace=True)
+    with reported(EvaluationError, output, _GO_ON):
+        write_rows(output, rows, replace=True)
+        part.unlink(missing_ok=True)
     return rows
 
 
@@ -179,7 +194,8 @@ class _Chain:
             **provenance(),
         }
         cell = Cell.of(answered, facts)
-        cell.save(path)
+        with reported(EvaluationError, path, _GO_ON):
+            cell.save(path)
         return cell
 
 

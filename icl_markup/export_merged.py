@@ -17,7 +17,7 @@ from icl_markup.backbone import Backbone
 from icl_markup.errors import ExportError, PromptError
 from icl_markup.export_check import Agreement, check_prompts, compare_logits, scattered
 from icl_markup.exported import SIDECAR, check_exportable, check_target, markup_for, prompt_text, sidecar
-from icl_markup.folders import new_folder
+from icl_markup.files import new_folder
 from icl_markup.loading import DTYPES, BackboneConfig, load_pretrained
 from icl_markup.merging import with_rows
 from icl_markup.model import MarkupModel
@@ -114,7 +114,14 @@ def _config_of(backbone: Backbone, folder: Path) -> BackboneConfig:
     attention: Any = getattr(backbone.model.config, "_attn_implementation", None)
     if attention not in ("eager", "sdpa", "flash_attention_2"):
         attention = "auto"
-    return BackboneConfig(str(folder), None, backbone.kind, named, "none", str(backbone.device), attention)
+    return BackboneConfig(
+        str(folder),
+        kind=backbone.kind,
+        dtype=named,
+        precision="none",
+        device=str(backbone.device),
+        attention=attention,
+    )
 
 
 def _card(model: MarkupModel, placement: Placement, text_prompts: bool) -> str:

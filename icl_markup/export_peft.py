@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from icl_markup.errors import ExportError
 from icl_markup.export_check import Agreement, check_prompts, compare_logits, scattered
 from icl_markup.exported import SIDECAR, check_exportable, check_target, sidecar
-from icl_markup.folders import new_folder
+from icl_markup.files import new_folder
 from icl_markup.merging import embedding_scale
 from icl_markup.model import MarkupModel
 from icl_markup.placement import Placement, place_tags
@@ -104,7 +104,7 @@ def _name_of(model: MarkupModel) -> str:
             f"{type(model.backbone.model).__name__}: its input embedding is no module that PEFT can target"
         )
     # The encoder's name comes first where an encoder and a decoder share one module.
-    return min(names, key=lambda name: ("encoder" not in name, len(name)))
+    return str(min(names, key=lambda name: ("encoder" not in name, len(name))))
 
 
 def _check(model: MarkupModel, placement: Placement, part: Path, rows: int, where: str) -> Agreement:

@@ -76,13 +76,14 @@ class Loaded:
 
 
 def load_pretrained(config: BackboneConfig) -> Loaded:
-    """Load a folder or hub name that transformers loads; weights are read from safetensors only.
+    """Load a folder or hub name that transformers loads; weights are read from safetensors only, no code of it is run.
 
     Raises:
         BackboneError: there is no such model, it has no language-model head, or an option does not fit.
     """
     path = resolve(config.name)
-    hub: dict[str, Any] = {"revision": config.revision} if config.revision else {}
+    # Said outright: left open, transformers asks at the terminal whether to run the code that a model brings along.
+    hub: dict[str, Any] = {"trust_remote_code": False} | ({"revision": config.revision} if config.revision else {})
     device = _device(config.device)
     try:
         settings = transformers.AutoConfig.from_pretrained(path, **hub)

@@ -17,27 +17,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 
 from icl_markup.backbone import Backbone
 from icl_markup.chat import NO_CHAT
-from icl_markup.checkpoint import Progress, has_checkpoint, load_checkpoint, save_checkpoint
+from icl_markup.checkpoint import Progress, drop_checkpoint, has_checkpoint, load_checkpoint, save_checkpoint
 from icl_markup.config import to_dict
 from icl_markup.episodes import Episode, EpisodeConfig, EpisodeSampler
 from icl_markup.errors import WarmupError
 from icl_markup.evaluation import answer_queries
+from icl_markup.files import append_line
 from icl_markup.fingerprint import Fingerprint
+from icl_markup.lock import only_run
 from icl_markup.metaicl_config import MetaIclConfig
 from icl_markup.metaicl_model import DETAILS, Trainee, load_metaicl, read_details, save_trainee
 from icl_markup.model import MarkupModel
 from icl_markup.readers import read_task
+from icl_markup.run_folder import METRICS, open_output, writing
 from icl_markup.stream import Position, PromptStream, Step
 from icl_markup.tasks import Task
 from icl_markup.template import Template
-from icl_markup.warmup import truncate_metrics
 
 __all__ = ["MetaIclConfig", "MetaIclResult", "load_metaicl", "run_metaicl"]
 
@@ -81,7 +82,8 @@ def run_metaicl(
         that is not continues.
 
     Raises:
-        WarmupError: `output` holds another run, the template has tags, or the loss is not finite.
+        WarmupError: `output` holds another run or is another's at the moment, it cannot be written, the template has
+            tags, or the loss is not finite.
         MarkupError: the backbone, the template or a task cannot be used.
     """
     template = Template.load(config.template)
@@ -101,19 +103,22 @@ def run_metaicl(
         "backbone": {"name": backbone.name, "revision": backbone.revision, "kind": backbone.kind,
                      "quantisation": backbone.quantisation},
     }  # fmt: skip
-    folder = Path(config.output) / "model"
-    if (folder / DETAILS).exists():
-        details = read_details(folder)
-        _refuse_another(folder, identity, details)
-        model, parameters = load_metaicl(folder, backbone)
-        return MetaIclResult(model, folder, parameters, details["summary"])
-    run = _Run(config, template, backbone, identity, tasks, validation_tasks)
-    run.train(progress)
-    if backbone.checksum() != fingerprint.weights_sha256:
-        raise WarmupError("the weights of the backbone that was given changed; the trained copy was not saved")
-    summary = run.summary()
-    save_trainee(run.trainee, run.model, folder, {**identity, "summary": summary})
-    run.drop_checkpoint()
+    out = Path(config.output)
+    folder = out / "model"
+    with only_run(out, WarmupError, folder=True):
+        if (folder / DETAILS).exists():
+            details = read_details(folder)
+            _refuse_another(folder, identity, details)
+            model, parameters = load_metaicl(folder, backbone)
+            drop_checkpoint(out)  # of a run that ended between its last two acts
+            return MetaIclResult(model, folder, parameters, details["summary"])
+        run = _Run(config, template, backbone, identity, tasks, validation_tasks)
+        run.train(progress)
+        if backbone.checksum() != fingerprint.weights_sha256:
+            raise WarmupError("the weights of the backbone that was given changed; the trained copy was not saved")
+        summary = run.summary()
+        save_trainee(run.trainee, run.model, folder, {**identity, "summary": summary})
+        drop_checkpoint(out)
     return MetaIclResult(run.model, folder, run.trainee.count, summary)
 
 
@@ -212,10 +217,6 @@ class _Run:
             summary["notes on the data"] = self.notes
         return summary
 
-    def drop_checkpoint(self) -> None:
-        """Delete the checkpoint, which is several times as large as the trained weights."""
-        (self.out / "checkpoint.safetensors").unlink(missing_ok=True)
-
     def _open_output(self) -> None:
         if has_checkpoint(self.out):
             now, best, self.progress, before = load_checkpoint(self.out, self.optimizer)
@@ -227,14 +228,7 @@ class _Run:
                 group["lr"] = rate
             if self.progress.loss_scale:
                 self.scaler.load_state_dict(self.progress.loss_scale)
-            truncate_metrics(self.out / "metrics.jsonl", self.progress.step)
-            return
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            (self.out / "config.yaml").write_text(yaml.safe_dump(to_dict(self.config), sort_keys=False))
-            (self.out / "metrics.jsonl").unlink(missing_ok=True)
-        except OSError as error:
-            raise WarmupError(f"{self.out}: cannot be written: {error}") from error
+        open_output(self.out, self.config, self.progress.step)
 
     def _step(self, step: Step) -> dict[str, Any]:
         all_slots = self.config.supervise == "all"
@@ -308,8 +302,8 @@ class _Run:
             state.stale += 1
 
     def _log(self, metrics: dict[str, Any]) -> None:
-        with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as out:
-            out.write(json.dumps(metrics) + "\n")
+        with writing(self.out):
+            append_line(self.out / METRICS, json.dumps(metrics))
 
     def _save(self) -> None:
         schedule = self.scheduler.state_dict()
@@ -317,7 +311,8 @@ class _Run:
         self.progress.loss_scale = self.scaler.state_dict()
         now = self.trainee.vector()
         best = now[:0] if self.best is None else self.best
-        save_checkpoint(self.out, now, best, self.optimizer, self.progress, self.identity)
+        with writing(self.out):
+            save_checkpoint(self.out, now, best, self.optimizer, self.progress, self.identity)
 
 
 def _refuse_another(where: Path, mine: dict[str, Any], theirs: dict[str, Any]) -> None:

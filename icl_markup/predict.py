@@ -24,7 +24,7 @@ Answer = dict[str, Any]
 Ask = Callable[[list[str]], list[Answer]]
 """A function from texts to one answer each, in order: the label, probabilities, and what else is worth saying."""
 
-_CHUNK = 256
+CHUNK = 256
 """Texts that are batched together; the memory a stream needs does not depend on its length."""
 
 
@@ -121,7 +121,7 @@ class _Chunks:
         while self.error is None:
             chunk: list[Text] = []
             try:
-                chunk.extend(islice(self.texts, _CHUNK))
+                chunk.extend(islice(self.texts, CHUNK))
             except MarkupError as error:
                 self.error = error
             if not chunk and self.error is not None:

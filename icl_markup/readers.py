@@ -136,7 +136,7 @@ def _read_meta(path: Path) -> Mapping[str, Any]:
         return {}
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise TaskError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(meta, dict):
         raise TaskError(f"{path}: expected a JSON object, found {type(meta).__name__}")
@@ -180,7 +180,7 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise TaskError(f"{path}:{number}: not valid JSON: {error}") from error
             if not isinstance(row, dict):
                 raise TaskError(f"{path}:{number}: expected a JSON object a line, found {type(row).__name__}")

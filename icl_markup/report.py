@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from icl_markup.errors import ConfigError
+from icl_markup.files import write_whole
 from icl_markup.report_grid import by_setting, only, summarise, tasks_of
 from icl_markup.report_rows import parse_row, read_rows
 from icl_markup.tables import with_interval
@@ -81,6 +82,4 @@ def write_report(paths: Sequence[Path], out: Path, *, figures: Path | None = Non
 
 def _replace(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(content)
-    part.replace(path)
+    write_whole(path, content)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from icl_markup.evaluation import Estimate
+from icl_markup.files import write_whole
 
 
 def result_row(
@@ -57,9 +58,7 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]], *, replace: bool = Fa
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     if replace:
-        part = path.with_name(path.name + ".part")
-        part.write_text(lines, encoding="utf-8")
-        part.replace(path)
+        write_whole(path, lines.encode())
         return
     with path.open("a", encoding="utf-8") as out:
         out.write(lines)

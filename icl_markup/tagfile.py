@@ -8,7 +8,6 @@ quantised, is not another one.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -18,15 +17,15 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
-from torch import Tensor
+from torch import Tensor, float32
 
 from icl_markup.ancestry import Ancestry, Parent
 from icl_markup.backbone import Backbone
 from icl_markup.card import model_card
 from icl_markup.chat import ChatFrame
 from icl_markup.errors import ConfigError, TagFileError, TemplateError
+from icl_markup.files import read_details, read_regular, replace_folder, sealed
 from icl_markup.fingerprint import Fingerprint
-from icl_markup.folders import replace_folder
 from icl_markup.hub import CARD, DETAILS, TENSORS, locate
 from icl_markup.loading import BackboneConfig, config_of
 from icl_markup.markup import Answers
@@ -39,6 +38,9 @@ FORMAT = 1
 
 FORMAT_IN_CHAT = 2
 """The format of tags that stand in a chat, which a version that knows no chats must not read."""
+
+_MOST_TENSORS = 2**30
+"""Tensors of more bytes than this are not read; the widest tags of the widest model take a hundredth of it."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ class TagFile:
         details = self.details()
         return {
             TENSORS: tensors,
-            DETAILS: (json.dumps(details, indent=1, ensure_ascii=False) + "\n").encode(),
+            DETAILS: sealed(details),
             CARD: model_card(details, len(tensors)).encode(),
         }
 
@@ -236,10 +238,10 @@ def read_tags(tags: str | Path, revision: str | None = None, token: str | None =
     """
     place = locate(tags, revision, token)
     folder = place.folder
-    details = _read_details(folder / DETAILS)
+    details = read_details(folder / DETAILS, (FORMAT, FORMAT_IN_CHAT), "tag")
     path = folder / TENSORS
     try:
-        raw = path.read_bytes()
+        raw = read_regular(path, _MOST_TENSORS)
     except OSError as error:
         raise TagFileError(f"{path}: cannot be read: {error.strerror}") from error
     try:
@@ -266,14 +268,14 @@ def read_tags(tags: str | Path, revision: str | None = None, token: str | None =
         )
         declared = {str(t["name"]): int(t["width"]) for t in details["tags"]}
         width = int(result.backbone["embedding_width"])
-        _ = str(result.backbone["name"]), result.backbone["revision"], result.backbone["kind"]
+        _check_backbone(result.backbone)
     except SafetensorError as error:
         raise TagFileError(f"{path}: damaged: {error}") from error
     except TemplateError as error:
         raise TagFileError(f"{folder / DETAILS}: damaged template: {error}") from error
     except ConfigError as error:
         raise TagFileError(f"{folder / DETAILS}: damaged: {error}") from error
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
         if isinstance(error, TagFileError):
             raise
         raise TagFileError(f"{folder / DETAILS}: damaged: {type(error).__name__} {error}") from error
@@ -281,6 +283,9 @@ def read_tags(tags: str | Path, revision: str | None = None, token: str | None =
     found = {name: tuple(value.shape) for name, value in result.vectors.items()}
     if found != expected or {t.name: t.width for t in result.template.tags} != declared:
         raise TagFileError(f"{path}: damaged: holds {found}, but {DETAILS} lists {expected}")
+    for name, rows in result.vectors.items():
+        if rows.dtype != float32 or not bool(rows.isfinite().all()):
+            raise TagFileError(f"{path}: damaged: {name} holds {rows.dtype}, or values that are no numbers")
     if result.answers not in ("symbols", "names"):
         raise TagFileError(f"{folder / DETAILS}: damaged: answers is {result.answers!r}")
     # safetensors gives them in an order of its own, another one each time.
@@ -319,17 +324,9 @@ def _short(folder: Path) -> str:
     return "/".join(parts[-1:] if str(folder.parent) == home else parts[-2:]) or "tags"
 
 
-def _read_details(path: Path) -> dict[str, Any]:
-    try:
-        details = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise TagFileError(f"{path}: cannot be read: {error.strerror}; is this a tag folder?") from error
-    except (ValueError, RecursionError) as error:
-        raise TagFileError(f"{path}: damaged: not valid JSON ({error})") from error
-    if not isinstance(details, dict) or "format" not in details:
-        raise TagFileError(f"{path}: damaged: no format version")
-    if details["format"] not in (FORMAT, FORMAT_IN_CHAT):
-        raise TagFileError(
-            f"{path}: format {details['format']!r}; this version reads formats {FORMAT} and {FORMAT_IN_CHAT}"
-        )
-    return details
+def _check_backbone(told: dict[str, Any]) -> None:
+    """Check the types of what is given to transformers."""
+    if not isinstance(told["name"], str) or not isinstance(told["kind"], str):
+        raise TypeError("backbone: name and kind are no text")
+    if not isinstance(told["revision"], str | None):
+        raise TypeError("backbone: revision is no text")

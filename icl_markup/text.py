@@ -17,6 +17,10 @@ from transformers import PreTrainedTokenizerBase
 
 from icl_markup.errors import BackboneError
 
+_APART = {"type": "Split", "pattern": {"Regex": "<(?=0x[0-9A-F]{2}>)"}, "behavior": "Isolated", "invert": False}
+"""Keeps the text ``<0x3C>`` from being taken for the token of that byte, which SentencePiece forbids and
+``tokenizers`` does not: it must not be renamed, as bytes that are unknown are looked up by that name."""
+
 
 class TextEncoder:
     """Encodes plain text with a copy of a tokenizer that knows no special tokens.
@@ -70,6 +74,11 @@ def _plain_copy(backend: Tokenizer, forbidden: frozenset[int | None]) -> Tokeniz
     spec.update(added_tokens=[], post_processor=None, truncation=None, padding=None)
     spec["normalizer"] = _without_prefix_space(spec.get("normalizer"))
     spec["pre_tokenizer"] = _without_prefix_space(spec.get("pre_tokenizer"))
+    if spec["model"].get("byte_fallback") and (
+        spec["model"]["type"] == "Unigram" or spec["model"].get("ignore_merges")
+    ):
+        parts = [_APART, *([spec["pre_tokenizer"]] if spec["pre_tokenizer"] else [])]
+        spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": parts}
     # Unknown text needs its token, whether or not the tokenizer declares it as such.
     unknown = spec["model"].get("unk_token")
     _rename_forbidden(spec["model"], forbidden - {backend.token_to_id(unknown) if unknown else None})

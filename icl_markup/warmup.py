@@ -8,13 +8,12 @@ import random
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 from torch.nn import functional as F
@@ -25,11 +24,14 @@ from icl_markup.backbone import Backbone
 from icl_markup.checkpoint import Progress, has_checkpoint, load_checkpoint, save_checkpoint
 from icl_markup.config import to_dict
 from icl_markup.episodes import EpisodeConfig, EpisodeSampler
-from icl_markup.errors import WarmupError
+from icl_markup.errors import Interrupted, WarmupError
 from icl_markup.evaluation import answer_queries
+from icl_markup.files import append_line
+from icl_markup.lock import only_run
 from icl_markup.model import MarkupModel
 from icl_markup.quantisation import check_gradients
 from icl_markup.readers import read_task
+from icl_markup.run_folder import METRICS, open_output, writing
 from icl_markup.start import Start
 from icl_markup.stream import Position, PromptStream, Step
 from icl_markup.tagfile import tags_of, write_tags
@@ -70,7 +72,9 @@ def run_warmup(
         The model with its best tags, saved in ``OUTPUT/tags``.
 
     Raises:
-        WarmupError: `output` holds another run, the loss is not finite, or the backbone was changed.
+        WarmupError: `output` holds another run or is another's at the moment, it cannot be written, the loss is not
+            finite, or the backbone was changed; what was saved before is intact.
+        Interrupted: the process got a SIGINT (Ctrl-C); the step was finished and saved.
         MarkupError: the backbone, the template or a task cannot be used.
     """
     on_cpu = backbone.device.type == "cpu" if backbone else config.backbone.device == "cpu"
@@ -154,6 +158,12 @@ class _Warmup:
         self._told_to_stop = False
 
     def run(self) -> WarmupResult:
+        """Train and save, alone in the output folder; of several processes only the main one writes there."""
+        alone = only_run(self.out, WarmupError, folder=True) if self.accelerator.is_main_process else nullcontext()
+        with alone:
+            return self._run()
+
+    def _run(self) -> WarmupResult:
         _check_trainable(self.model)
         checksum = self.model.backbone.checksum()
         self._open_output()
@@ -200,15 +210,8 @@ class _Warmup:
                 self.scheduler.load_state_dict({**self.scheduler.state_dict(), **self.progress.schedule})
                 for group, rate in zip(self.raw_optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
                     group["lr"] = rate
-            if self.accelerator.is_main_process:
-                truncate_metrics(self.out / "metrics.jsonl", self.progress.step)
-        elif self.accelerator.is_main_process:
-            try:
-                self.out.mkdir(parents=True, exist_ok=True)
-                (self.out / "config.yaml").write_text(yaml.safe_dump(to_dict(self.config), sort_keys=False))
-                (self.out / "metrics.jsonl").unlink(missing_ok=True)
-            except OSError as error:
-                raise WarmupError(f"{self.out}: cannot be written: {error}") from error
+        if self.accelerator.is_main_process:
+            open_output(self.out, self.config, self.progress.step)
         self.accelerator.wait_for_everyone()
 
     def _train(self) -> None:
@@ -244,9 +247,7 @@ class _Warmup:
                     self._save()
                 if self._told_to_stop:
                     self._save()
-                    raise WarmupError(
-                        f"interrupted after step {state.step}; continue with the same command and --resume true"
-                    )
+                    raise Interrupted(f"interrupted; {self.out} holds step {state.step}; resume it (--resume true)")
         state.finished = True
         self._save()
 
@@ -344,8 +345,8 @@ class _Warmup:
     def _log(self, metrics: dict[str, Any]) -> None:
         if not self.accelerator.is_main_process:
             return
-        with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as out:
-            out.write(json.dumps(metrics) + "\n")
+        with writing(self.out):
+            append_line(self.out / METRICS, json.dumps(metrics))
         if self.config.tracker != "none":
             self.accelerator.log({k: v for k, v in metrics.items() if k != "step"}, step=metrics["step"])
 
@@ -355,7 +356,10 @@ class _Warmup:
         if self.accelerator.scaler is not None:
             self.progress.loss_scale = self.accelerator.scaler.state_dict()
         if self.accelerator.is_main_process:
-            save_checkpoint(self.out, self.table.rows, self.best, self.raw_optimizer, self.progress, self._comparable())
+            with writing(self.out):
+                save_checkpoint(
+                    self.out, self.table.rows, self.best, self.raw_optimizer, self.progress, self._comparable()
+                )
 
     def _comparable(self) -> dict[str, Any]:
         """Return what must not change when the run is resumed; where it began with tags, these are part of it."""
@@ -439,21 +443,3 @@ def _comparable(config: WarmupConfig) -> dict[str, Any]:
     """Return what of a configuration must not change when a run is resumed."""
     data = to_dict(replace(config, resume=False, output="", tracker="none", save_every=1))
     return dict(data)
-
-
-def truncate_metrics(path: Path, step: int) -> None:
-    """Drop what was logged after the checkpoint, and a line that was cut short."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            break
-        if row["step"] > step:
-            break
-        kept.append(line + "\n")
-    part = path.with_suffix(".part")
-    part.write_text("".join(kept), encoding="utf-8")
-    part.replace(path)

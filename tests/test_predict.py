@@ -65,13 +65,7 @@ def test_an_interrupted_output_goes_on_to_the_same_answers(place: Path, tmp_path
     for length in [0, 1, len(whole) // 2, len(whole) - 1, len(whole)]:
         cut.write_bytes(whole[:length])
         assert main([*command, "--out", str(cut)]) == 0
-        again = [json.loads(line) for line in cut.read_text().splitlines()]
-        first = [json.loads(line) for line in whole.splitlines()]
-        assert len(again) == len(first)
-        for one, other in zip(again, first, strict=True):
-            # What shares a batch with a text moves its probabilities by rounding.
-            assert (one["text"], one["label"]) == (other["text"], other["label"])
-            assert one["probabilities"] == pytest.approx(other["probabilities"], abs=1e-5)
+        assert cut.read_bytes() == whole, length
     cut.write_bytes(b'{"text": "another text", "label": "x"}\n')
     assert main([*command, "--out", str(cut)]) == 2
     assert cut.read_bytes() == b'{"text": "another text", "label": "x"}\n', "nothing of it is lost"
@@ -85,8 +79,7 @@ def test_every_length_of_a_cut_file_is_completed(tmp_path: Path) -> None:
         path.write_bytes(whole[:length])
         source = (Text(f"line {i}", text) for i, text in enumerate(texts))
         with resumed(path, source) as found:
-            for one in found.texts:
-                found.out.write(json.dumps({"text": one.text}, ensure_ascii=False) + "\n")
+            list(found.write(predict_lines(lambda some: [{} for _ in some], found.texts)))
         assert path.read_bytes() == whole, length
 
 
