@@ -7,14 +7,20 @@ that a run continues where it stopped by starting at a position.
 
 from __future__ import annotations
 
+import itertools
 import random
+import signal
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch.utils.data import DataLoader, Dataset
 
 from icl_markup.batching import cut_by_length
 from icl_markup.episodes import Episode, EpisodeSampler
-from icl_markup.errors import PromptError
+from icl_markup.errors import MarkupError, PromptError
 from icl_markup.markup import Markup
 from icl_markup.prompt import Prompt
 
@@ -43,6 +49,10 @@ class Step:
     """Episodes of the step's windows that did not fit the backbone even without demonstrations."""
 
 
+Window: TypeAlias = tuple[list[tuple[Item, ...]], int]
+"""The batches of a window, and how many of its episodes did not fit."""
+
+
 class PromptStream:
     """Training batches.
 
@@ -52,16 +62,26 @@ class PromptStream:
         window: episodes a window.
         batch_tokens: the most tokens a batch may hold, padding included.
         batches_per_step: batches an optimiser step takes (gradient accumulation times processes).
+        workers: processes that draw and compose windows ahead of the steps; 0: it is done between steps. The batches
+            are the same.
     """
 
     def __init__(
-        self, markup: Markup, sampler: EpisodeSampler, *, window: int, batch_tokens: int, batches_per_step: int
+        self,
+        markup: Markup,
+        sampler: EpisodeSampler,
+        *,
+        window: int,
+        batch_tokens: int,
+        batches_per_step: int,
+        workers: int = 0,
     ):
         self.markup = markup
         self.sampler = sampler
         self.window = window
         self.batch_tokens = batch_tokens
         self.batches_per_step = batches_per_step
+        self.workers = workers
 
     def steps(self, start: Position = Position()) -> Iterator[Step]:  # noqa: B008 (immutable)
         """Yield steps from a position on, without end.
@@ -70,19 +90,44 @@ class PromptStream:
             PromptError: not one prompt of a whole window fits the backbone.
         """
         pending: list[tuple[Item, ...]] = []
-        window, offset = start
+        offset = start.batch
         skipped = 0
-        while True:
-            batches, unfit = self._batches(window)
+        for window, (batches, unfit) in enumerate(self._windows(start.window), start.window):
             skipped += unfit if offset == 0 else 0
             for index in range(offset, len(batches)):
                 pending.append(batches[index])
                 if len(pending) == self.batches_per_step:
                     yield Step(tuple(pending), Position(window, index + 1), skipped)
                     pending, skipped = [], 0
-            window, offset = window + 1, 0
+            offset = 0
 
-    def _batches(self, window: int) -> tuple[list[tuple[Item, ...]], int]:
+    def _windows(self, start: int) -> Iterator[Window]:
+        """Yield windows in order from one on, made by workers where there are some."""
+        if not self.workers:
+            yield from map(self.window_at, itertools.count(start))
+            return
+        # A worker inherits the stream by forking: nothing of it need be copied, and it touches no tensor.
+        loader = DataLoader(
+            _Windows(self),
+            batch_size=None,
+            sampler=range(start, sys.maxsize),
+            num_workers=self.workers,
+            collate_fn=_as_it_is,
+            worker_init_fn=_leave_interrupts_to_the_main_process,
+            multiprocessing_context="fork",
+            generator=torch.Generator(),  # the loader draws a seed, which must not come from the run's own numbers
+        )
+        for found in loader:
+            if isinstance(found, MarkupError):
+                raise found
+            yield found
+
+    def window_at(self, window: int) -> Window:
+        """Return the batches of a window, and how many of its episodes did not fit.
+
+        Raises:
+            PromptError: not one prompt of the window fits the backbone.
+        """
         items: list[Item] = []
         skipped, reason = 0, None
         for position in range(self.window):
@@ -99,3 +144,24 @@ class PromptStream:
         groups = cut_by_length(lengths, self.batch_tokens)
         random.Random(f"{self.sampler.seed}/order/{window}").shuffle(groups)
         return [tuple(items[i] for i in group) for group in groups], skipped
+
+
+class _Windows(Dataset[Window | MarkupError]):
+    """Windows by number; an error is returned, as what a worker raises loses its message on the way."""
+
+    def __init__(self, stream: PromptStream):
+        self.stream = stream
+
+    def __getitem__(self, window: int) -> Window | MarkupError:
+        try:
+            return self.stream.window_at(window)
+        except MarkupError as error:
+            return error
+
+
+def _as_it_is(found: Window | MarkupError) -> Window | MarkupError:
+    return found
+
+
+def _leave_interrupts_to_the_main_process(_worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

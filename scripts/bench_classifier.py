@@ -95,7 +95,7 @@ def run(way: str, tokens: int, queries: int) -> dict[str, Any]:
         ids = [[moved.get(i, i) for i in prompt.ids] for prompt in prompts]
         letters = list(prompts[0].slots[-1].candidates)
         ask = by_lm_eval(plain, model, ids, letters) if way == "lm-eval" else by_generate(plain, ids, letters)
-    with _Memory() as memory:
+    with Memory() as memory:
         began = time.perf_counter()
         answers = ask()
         seconds = time.perf_counter() - began
@@ -137,10 +137,10 @@ def by_generate(plain: Any, ids: list[list[int]], letters: list[int]) -> Callabl
     return ask
 
 
-class _Memory:
+class Memory:
     """Samples this process' resident memory; `grown` is by how much it grew at most, in MiB."""
 
-    def __enter__(self) -> _Memory:
+    def __enter__(self) -> Memory:
         self._stop, self._before = threading.Event(), self._now()
         self.grown = 0.0
         self._thread = threading.Thread(target=self._sample)
