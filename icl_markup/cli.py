@@ -6,6 +6,7 @@ import argparse
 import os
 import shlex
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -30,8 +31,8 @@ API key, if there is one, comes from an environment variable."""
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code.
 
-    0: done; 1: done, but texts were left out with their errors; 2: an error, which is printed in one line; 130:
-    interrupted.
+    0: done; 1: done, but texts were left out with their errors; 2: an error, which is printed in one line; 70: a
+    defect of this program, with where it was; 130: interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     args, overrides = _split(arguments)
@@ -51,6 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:  # a full disk, a folder that is gone
         print(f"icl-markup: {error}", file=sys.stderr)
         return 2
+    except Exception:  # nobody should take Python's own code for it, 1, for that of a run with some errors
+        traceback.print_exc()
+        print("icl-markup: this is a defect of icl-markup; please report it with the lines above", file=sys.stderr)
+        return 70
 
 
 def _how_to_go_on(arguments: list[str]) -> str:

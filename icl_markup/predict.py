@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from io import TextIOWrapper
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -59,11 +60,13 @@ def open_texts(texts: Sequence[str], file: str | None, column: str = "text") -> 
         yield (Text(f"argument {i}", text) for i, text in enumerate(texts, start=1))
         return
     if file in (None, "-"):
+        if isinstance(sys.stdin, TextIOWrapper):
+            sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")
         yield _numbered("standard input", sys.stdin)
         return
     path = Path(str(file))
     try:
-        lines = path.open(encoding="utf-8-sig")
+        lines = path.open(encoding="utf-8-sig", errors="surrogateescape")
     except OSError as error:
         raise PromptError(f"{file}: cannot be read: {error.strerror}") from error
     with lines:
@@ -188,12 +191,15 @@ def beginning(text: str) -> str:
 
 
 def _numbered(name: str, lines: Iterable[str]) -> Iterator[Text]:
-    try:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield Text(f"{name}:{number}", line.strip())
-    except UnicodeDecodeError as error:
-        raise PromptError(f"{name}: not UTF-8 text ({error})") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        place = f"{name}:{number}"
+        if is_encodable(line):
+            yield Text(place, line.strip())
+        else:  # bytes that are no text were let through as halves of surrogate pairs: the lines around can be answered
+            shown = line.strip().encode(errors="surrogateescape").decode(errors="replace")
+            yield Text(place, shown, "not UTF-8 text; save it as UTF-8")
 
 
 def _column(path: Path, column: str) -> Iterator[Text]:

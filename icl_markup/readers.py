@@ -170,7 +170,18 @@ def rows_of(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     except OSError as error:
         raise TaskError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise TaskError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from error
+        raise TaskError(f"{path}:{_bad_line(path)}: not UTF-8 text ({error.reason}); save it as UTF-8") from error
+
+
+def _bad_line(path: Path) -> int:
+    """Return the first line that is not UTF-8; the decoder counts bytes of what it read last."""
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return number
+    return 0
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:

@@ -220,3 +220,26 @@ def test_fit_reads_a_task_folder_with_its_validation_split(
     (tmp_path / "empty.csv").write_text("text,label\n")
     assert main(["fit", str(tmp_path / "empty.csv"), "--out", str(tmp_path / "d")]) == 2
     assert "no examples" in capsys.readouterr().err
+
+
+def test_a_line_of_another_encoding_costs_no_other_line(place: Path, tmp_path: Path) -> None:
+    texts = tmp_path / "mixed.txt"
+    texts.write_bytes(b"where is my card\n" + "caf\u00e9\n".encode("latin-1") + b"when do you open\n")
+    command = ["predict", "--classifier", str(place / "classifier"), "--file", str(texts)]
+    assert main([*command, "--out", str(tmp_path / "stopped.jsonl")]) == 2
+    assert main([*command, "--keep-errors", "--out", str(tmp_path / "out.jsonl")]) == 1
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert ["label" in line for line in lines] == [True, False, True]
+    assert "mixed.txt:2: not UTF-8" in lines[1]["error"]
+    assert main([*command, "--keep-errors", "--out", str(tmp_path / "out.jsonl")]) == 1, "it goes on where it ended"
+
+
+def test_a_defect_has_an_exit_code_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("a defect")
+
+    monkeypatch.setattr("icl_markup.serving.load_for", broken)
+    assert main(["show", "--labels", "a", "b", "--", "text"]) == 70
+    assert "ZeroDivisionError: a defect" in capsys.readouterr().err
