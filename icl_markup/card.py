@@ -135,7 +135,7 @@ def _license(details: Mapping[str, Any]) -> str:
 
 def _training(training: Mapping[str, Any], ancestry: Ancestry | None) -> str:
     if training:
-        return "\n".join(f"- {escape(key)}: {escape(_plain(value))}" for key, value in training.items())
+        return "\n".join(f"- {escape(key)}: {escape(_plain(value)) or 'none'}" for key, value in training.items())
     if ancestry is not None:
         return "Not trained since they were composed. What their ancestors were trained on stands under Ancestry."
     return "- not trained"
