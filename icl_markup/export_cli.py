@@ -37,8 +37,8 @@ def add_commands(commands: Any, add_episode: Any) -> None:
     back.add_argument("--backbone", required=True, help="the model that it was trained for: a folder or hub name")
     back.add_argument("--out", required=True, help="the tag folder to write")
     back.add_argument("--template", help="the template that uses the tags (default: the one beside the adapter)")
-    back.add_argument("--tag", action="append", default=[], metavar="'<NAME>=ID,ID'",
-                      help="a tag and its soft tokens' ids (default: what files beside the adapter say)")  # fmt: skip
+    named = "a tag and the ids of its soft tokens (default: as the files beside the adapter name them)"
+    back.add_argument("--tag", action="append", default=[], metavar="'<NAME>=ID,ID'", help=named)
     back.add_argument("--device", default="auto", help="cpu, cuda, mps …")
     back.set_defaults(run=_import)
 

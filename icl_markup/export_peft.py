@@ -98,7 +98,7 @@ def prepare_base(base: PreTrainedModel, rows: int) -> PreTrainedModel:
 
 def _name_of(model: MarkupModel) -> str:
     modules = model.backbone.model.named_modules(remove_duplicate=False)
-    names = [name for name, module in modules if module is model.backbone.embedding]
+    names = [str(name) for name, module in modules if module is model.backbone.embedding]
     if not names:
         raise ExportError(
             f"{type(model.backbone.model).__name__}: its input embedding is no module that PEFT can target"

@@ -105,6 +105,10 @@ def _assembled(
             if value.ndim and len(value) == size != len(state[key]):
                 state[key] = _resized(state[key], size, ids)
         merged.load_state_dict(state, assign=True)
+        for name, buffer in model.named_buffers():  # what is not saved is not in the state, such as rotary frequencies
+            if name not in state:
+                owner, _, last = name.rpartition(".")
+                setattr(merged.get_submodule(owner), last, buffer)
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
         raise ExportError(f"{type(model).__name__}: its vocabulary cannot be extended: {error}") from error
     for key in untied:

@@ -4,14 +4,14 @@
 
 - ours, first call: `MarkupModel.scores`, the shared head of the prompt computed in the same call
 - ours, later call: the same queries' siblings once its keys and values are there
-- lm-eval: lm-eval-harness' ``HFLM`` on a merged checkpoint, each option's letter a continuation; it is given token ids,
-  so that prompts are the same and its tokenisation costs it nothing (`pip install "icl-markup[bench]"`)
+- lm-eval: lm-eval-harness' ``HFLM`` on a merged model (`icl_markup.merging`), each option's letter a continuation; it
+  is given token ids, so that prompts are the same and its tokenisation costs it nothing
+  (`pip install "icl-markup[bench]"`)
 - generate: transformers' ``generate`` for one token, a prompt at a time
 
-The model has the shape of SmolLM2-135M with random weights (time does not depend on them); tags lie in spare rows of
-the merged checkpoint's embedding. Every run is a process of its own, and ways take turns. Memory is the largest
-resident set while asking, sampled every 5 ms, less that before.
-Answers are compared: all ways must choose the same options.
+The model has the shape of SmolLM2-135M with random weights (time does not depend on them); tags lie in spare rows of a
+merged model's embedding. Every run is a process of its own, and ways take turns. Memory is the largest resident set
+while asking, sampled every 5 ms, less that before. Answers are compared: all ways must choose the same options.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ import torch
 import transformers
 
 from icl_markup import Backbone, Demo, Episode, MarkupModel, Option, Query
+from icl_markup.merging import with_rows
+from icl_markup.placement import place_tags
 from icl_markup.results import provenance, write_rows
 
 TOKENIZER = "../shared/models/karpathy-stories260K"
@@ -66,17 +68,6 @@ def episode_of(model: MarkupModel, tokens: int, queries: int, first: int) -> Epi
     raise SystemExit(f"{tokens} tokens are more than the demonstrations give")
 
 
-def merged(model: MarkupModel) -> tuple[transformers.PreTrainedModel, dict[int, int]]:
-    """Put the tags into spare rows of the embedding; return the model and where each tag's id went."""
-    assert model.table is not None
-    first = len(model.backbone.tokenizer)
-    embedding = model.backbone.model.get_input_embeddings().weight
-    count = len(model.table.rows)
-    with torch.no_grad():
-        embedding[first : first + count] = model.table.rows
-    return model.backbone.model, {model.table.first_id + i: first + i for i in range(count)}
-
-
 def run(way: str, tokens: int, queries: int) -> dict[str, Any]:
     """Ask once, in this process; return seconds, peak memory beyond the model's, and the answers."""
     model = model_of()
@@ -91,8 +82,10 @@ def run(way: str, tokens: int, queries: int) -> dict[str, Any]:
             return [int(one.scores.argmax()) for one in model.scores([episode])[0]]
 
     else:
-        plain, moved = merged(model)
-        ids = [[moved.get(i, i) for i in prompt.ids] for prompt in prompts]
+        assert model.table is not None
+        placement, _ = place_tags(model.backbone.tokenizer, model.table)
+        plain = with_rows(model.backbone, placement.all_ids, model.table.rows.detach())
+        ids = [placement.moved(prompt.ids) for prompt in prompts]
         letters = list(prompts[0].slots[-1].candidates)
         ask = by_lm_eval(plain, model, ids, letters) if way == "lm-eval" else by_generate(plain, ids, letters)
     with Memory() as memory:

@@ -80,6 +80,11 @@ def backbone_of(shape: str) -> Backbone:
             max_position_embeddings=512, initializer_range=0.1, pad_token_id=1,
         )  # fmt: skip
         model = transformers.BertForMaskedLM(bert)
+    # Random weights of the usual size answer all prompts alike; with larger ones the ways have something to agree on.
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if value.ndim == 2 and "embed" not in name and "shared" not in name:
+                value.mul_(4 if kind == "seq2seq" else 2)
     tokenizer.model_max_length = 512 if kind == "masked" else 2048
     return Backbone(model, tokenizer, kind, name=shape)
 
@@ -152,6 +157,7 @@ def run(shape: str, way: str, work: Path, tokens: int, queries: int) -> dict[str
 def ask_ours(shape: str, episode: Episode, *, warm: bool, tokens: int) -> Callable[[], list[int]]:
     """`MarkupModel.scores`; `warm`: other queries of the same episode were asked before."""
     model = MarkupModel(backbone_of(shape))
+    assert model.backbone.exactness  # is found out once a process, as part of loading
     if warm:
         model.scores([episode_of(model.markup.compose, tokens, 2, len(episode.queries))])
     # A masked backbone takes several queries a prompt, the other engines do not: one each, so that all do the same.

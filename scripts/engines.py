@@ -127,6 +127,7 @@ def ask_onnxruntime(exported: Exported, prompts: Sequence[Prompt], work: Path) -
     path = work / "model.onnx"
     if not path.exists():
         work.mkdir(parents=True, exist_ok=True)
+        # Not optimised here, which takes long: the runtime does so when it loads the graph.
         model = transformers.AutoModelForMaskedLM.from_pretrained(
             exported.folder, dtype=torch.float32, attn_implementation="eager"
         )
@@ -134,7 +135,8 @@ def ask_onnxruntime(exported: Exported, prompts: Sequence[Prompt], work: Path) -
         axes = {0: "batch", 1: "length"}
         torch.onnx.export(
             model, (), path, kwargs={"input_ids": shown, "attention_mask": torch.ones_like(shown)},
-            input_names=["input_ids", "attention_mask"], output_names=["logits"], dynamo=True, verbose=False,
+            input_names=["input_ids", "attention_mask"], output_names=["logits"],
+            dynamo=True, optimize=False, verbose=False,
             dynamic_shapes={"input_ids": axes, "attention_mask": axes},
         )  # fmt: skip
     settings = onnxruntime.SessionOptions()

@@ -89,11 +89,11 @@ def test_lm_eval_harness_gives_our_answers(name: str, cases: dict[str, Case], en
 
 @pytest.mark.parametrize(("name", "shared_head"), [("llama", False), ("llama", True), ("t5", False)])
 def test_ctranslate2_gives_our_answers(
-    name: str, shared_head: bool, cases: dict[str, Case], engines: ModuleType, tmp_path: Path
+    name: str, shared_head: bool, cases: dict[str, Case], engines: ModuleType
 ) -> None:
     pytest.importorskip("ctranslate2", reason='CTranslate2 is not installed: pip install "icl-markup[bench]"')
     exported, prompts, ours = cases[name]
-    assert engines.ask_ctranslate2(exported, prompts, tmp_path / "ct2", shared_head=shared_head)() == ours
+    assert engines.ask_ctranslate2(exported, prompts, exported.folder.parent / "ct2", shared_head=shared_head)() == ours
 
 
 def test_onnx_runtime_gives_our_answers(cases: dict[str, Case], engines: ModuleType, tmp_path: Path) -> None:

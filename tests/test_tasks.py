@@ -156,7 +156,7 @@ DEFECTS: dict[str, tuple[str, str | bytes, str]] = {
     "too few fields": ("a.csv", "text,label\nx,a\ny\n", r"a\.csv:3: (?!no column 'label', only 'text', 'label')"),
     "a stray quote": ("a.csv", 'text,label\nx,a\n"y"z,b\n', r"a\.csv:3: malformed CSV"),
     "a stray quote at once": ("a.csv", 'text,label\n"y"z,b\n', r"a\.csv:2: malformed CSV"),
-    "another encoding": ("a.jsonl", '{"text": "caf\u00e9", "label": "x"}\n'.encode("latin-1"), r"a\.jsonl:1: not UTF-8"),
+    "another encoding": ("a.jsonl", '{"text": "caf\u00e9", "label": "x"}\n'.encode("latin-1"), r"jsonl:1: not UTF-8"),
     "another encoding, CSV": ("a.csv", "text,label\ncaf\u00e9,a\n".encode("latin-1"), r"a\.csv:2: not UTF-8"),
     "unknown kind of file": ("a.txt", GOOD, r"a\.txt: unknown kind of file '\.txt'; use \.jsonl, \.csv or \.tsv"),
     "an empty file": ("a.jsonl", "", "task 'a' holds no example"),
