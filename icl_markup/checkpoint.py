@@ -18,6 +18,7 @@ from icl_markup.files import read_regular, write_whole
 
 _NAME = "checkpoint.safetensors"
 _MOST = 2**40
+"""A file of more bytes than this is no checkpoint."""
 
 
 @dataclass

@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return command(args, overrides) or 0
     except (Interrupted, KeyboardInterrupt) as error:
-        print(f"icl-markup: {error or 'interrupted'}{_how_to_go_on(arguments)}", file=sys.stderr)
+        print(f"icl-markup: {str(error) or 'interrupted'}{_how_to_go_on(arguments)}", file=sys.stderr)
         return 130
     except MarkupError as error:
         print(f"icl-markup: {error}", file=sys.stderr)

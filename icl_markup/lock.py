@@ -29,12 +29,13 @@ def only_run(output: Path, error: type[MarkupError], *, folder: bool = False) ->
     Raises:
         MarkupError: of the class `error`: another run writes there, or no file can be made there.
     """
-    path = output / ".lock" if folder else output.with_name(f".{output.name}.lock")
+    real = output.resolve()  # however it is called
+    path = real / ".lock" if folder else real.with_name(f".{real.name}.lock")
     lock = FileLock(path, blocking=False)
     try:
         if folder:
             output.mkdir(parents=True, exist_ok=True)
-        elif not output.parent.is_dir():  # which the lock would make
+        elif not real.parent.is_dir():  # which the lock would make
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(output.parent))
         lock.acquire()
     except Timeout as held:

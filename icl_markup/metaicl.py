@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -105,13 +106,14 @@ def run_metaicl(
     }  # fmt: skip
     out = Path(config.output)
     folder = out / "model"
+    if (folder / DETAILS).exists():
+        details = read_details(folder)
+        _refuse_another(folder, identity, details)
+        model, parameters = load_metaicl(folder, backbone)
+        with suppress(OSError):  # a run that was killed between its last two acts has left one
+            drop_checkpoint(out)
+        return MetaIclResult(model, folder, parameters, details["summary"])
     with only_run(out, WarmupError, folder=True):
-        if (folder / DETAILS).exists():
-            details = read_details(folder)
-            _refuse_another(folder, identity, details)
-            model, parameters = load_metaicl(folder, backbone)
-            drop_checkpoint(out)  # of a run that ended between its last two acts
-            return MetaIclResult(model, folder, parameters, details["summary"])
         run = _Run(config, template, backbone, identity, tasks, validation_tasks)
         run.train(progress)
         if backbone.checksum() != fingerprint.weights_sha256:

@@ -132,7 +132,7 @@ def test_a_prediction_that_is_interrupted_in_a_chunk_goes_on_to_the_same_bytes(
         monkeypatch.setattr(module, "CHUNK", 8)
     command = ["predict", "--classifier", str(place / "a"), "--file", str(place / "texts.txt"), "--out", "out.jsonl"]
     said = whole_and_cut(command, predict, "_json", 13, control_c, tmp_path, monkeypatch, capsys)
-    assert "the answers so far are kept" in said
+    assert "icl-markup: interrupted\nthe answers so far are kept" in said
     whole = (tmp_path / "whole" / "out.jsonl").read_bytes()
     lines = whole.splitlines(keepends=True)
     for done in (1, 7, 8, 9, 16, 31, len(lines)):

@@ -57,6 +57,13 @@ def test_an_error_in_the_run_frees_the_output(tmp_path: Path) -> None:
         pass
 
 
+def test_an_output_by_another_name_is_the_same_output(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path)
+    for folder in (True, False):
+        with only_run(tmp_path / "a", WarmupError, folder=folder), pytest.raises(WarmupError, match="another run"):
+            only_run(tmp_path / "link" / "." / "a", WarmupError, folder=folder).__enter__()
+
+
 def test_an_output_in_a_missing_folder_is_an_error_and_makes_none(tmp_path: Path) -> None:
     with pytest.raises(PromptError, match="cannot be written"), only_run(tmp_path / "no" / "a", PromptError):
         pass
