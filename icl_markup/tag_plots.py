@@ -124,9 +124,8 @@ def _norms(axis: Axes, found: Folders) -> None:
     axis.set_yticks([*ticks, *lanes], [*(f"{tick:,.0f}" for tick in ticks), *(clean(name, 18) for name in names)])
     axis.set_xlim(0, bins[-1])
     axis.set_xlabel("Euclidean norm", fontsize=SMALL, color=INK)
-    axis.text(
-        0.015, 0.975, "tokens of the vocabulary a bar", transform=axis.transAxes, va="top", fontsize=SMALL, color=INK
-    )
+    told = "tokens of the vocabulary a bar"
+    axis.text(0.015, 0.975, told, transform=axis.transAxes, va="top", fontsize=SMALL, color=INK)
 
 
 def _matrix(figure: Figure, axis: Axes, found: Folders) -> None:
