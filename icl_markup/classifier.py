@@ -85,7 +85,8 @@ class MarkupClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     Attributes:
         classes_: the labels, sorted; "none of the above" last where it can be answered; shape (classes,).
-        texts_, labels_: the demonstrations and the position of each one's label in `classes_`.
+        texts_: the texts of the demonstrations.
+        labels_: the position of each one's label in `classes_`.
         calibration_: what `calibrate` learnt.
     """
 
@@ -139,7 +140,7 @@ class MarkupClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             classes: further labels, known by their names alone.
 
         Raises:
-            MarkupError (a ValueError): a text or label is empty or missing, fewer than two options are left, a label's
+            MarkupError: a text or label is empty or missing, fewer than two options are left, a label's
                 name is too long for the backbone, or the backbone or tags cannot be loaded.
         """
         check_parameters(self)
@@ -155,7 +156,8 @@ class MarkupClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         `descriptions` may have been changed before; of all other parameters `fit` has the last word.
 
         Args:
-            X, y: demonstrations to add, as in `fit`.
+            X: texts of demonstrations to add, as in `fit`.
+            y: their labels.
             classes: labels to add by name alone.
             remove: labels to remove first; each must be known.
 
