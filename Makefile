@@ -6,13 +6,14 @@ PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --co
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install quickstart test results lint types unit audit clean
+.PHONY: help install quickstart test results docs lint types unit audit clean
 
 help:
 	@echo "make quickstart   install, warm tags up on the embedded tasks, and compare them with plain words"
 	@echo "make test         install, lint, check types and run the tests"
 	@echo "make results      install, and make every number of results/ again (hours; goes on where it was stopped)"
 	@echo "make audit        compare the pinned versions with published advisories (needs the network)"
+	@echo "make docs         install, and build the documentation into site/"
 	@echo "make clean        remove the virtual environment and caches"
 
 $(VENV)/pyvenv.cfg:
@@ -39,6 +40,11 @@ results: .installed-run
 	$(PIP) --editable ".[baselines]"
 	@scripts/reproduce_results.sh
 
+docs: .installed-run
+	$(PIP) --editable ".[docs]"
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "site/index.html; with search: $(BIN)/python -m http.server --directory site"
+
 lint: .installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -56,4 +62,4 @@ audit:
 	.venv-audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict
 
 clean:
-	rm -rf $(VENV) .venv-audit .installed-run .installed-dev .mypy_cache .ruff_cache .pytest_cache build *.egg-info
+	rm -rf $(VENV) .venv-audit site .installed-run .installed-dev .mypy_cache .ruff_cache .pytest_cache build *.egg-info

@@ -154,7 +154,7 @@ class MarkupClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             classes: further labels, known by their names alone.
 
         Raises:
-            MarkupError (a ValueError): a text or label is empty or missing, fewer than two options are left, a label's
+            MarkupError: a text or label is empty or missing, fewer than two options are left, a label's
                 name is too long for the backbone, or the backbone or tags cannot be loaded.
         """
         check_parameters(self)
@@ -170,7 +170,8 @@ class MarkupClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         `descriptions` may have been changed before; of all other parameters `fit` has the last word.
 
         Args:
-            X, y: demonstrations to add, as in `fit`.
+            X: texts of demonstrations to add, as in `fit`.
+            y: their labels.
             classes: labels to add by name alone.
             remove: labels to remove first; each must be known.
 

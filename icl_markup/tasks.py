@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 from icl_markup.errors import TaskError
 
 NONE_OF_THE_ABOVE = "none of the above"
+"""The option, and the answer, that a text has which fits none of the labels."""
 
 
 class Example(NamedTuple):

@@ -1,7 +1,7 @@
 """Templates: how a prompt is composed from tags, literal words and fields.
 
 A template is a small text file. ``#`` begins a comment line; ``@tag`` declares a tag, with its width in soft
-tokens and the description it is initialised from; the other ``@`` lines open a section::
+tokens and the description it is initialised from; the other ``@`` lines open a section:
 
     @tag <demo> width=2 "an example"
     @head                       once, before everything
