@@ -144,6 +144,7 @@ class _Warmup:
             window=plan.window,
             batch_tokens=plan.batch_tokens,
             batches_per_step=plan.batches_per_step,
+            workers=(0 if accelerator.device.type == "cpu" else 2) if config.workers is None else config.workers,
         )
         self.scale = _embedding_deviation(model.backbone)
         optimizer = torch.optim.AdamW([self.table.rows], lr=plan.learning_rate * self.scale, weight_decay=0.0)
@@ -441,5 +442,5 @@ def _for_tasks(episodes: EpisodeConfig, tasks: Sequence[Task], most: int | None)
 
 def _comparable(config: WarmupConfig) -> dict[str, Any]:
     """Return what of a configuration must not change when a run is resumed."""
-    data = to_dict(replace(config, resume=False, output="", tracker="none", save_every=1))
+    data = to_dict(replace(config, resume=False, output="", tracker="none", save_every=1, workers=None))
     return dict(data)

@@ -134,6 +134,10 @@ class WarmupConfig:
     save_every: int = 50
     """Steps between checkpoints."""
 
+    workers: int | None = None
+    """Processes that draw and compose episodes ahead of the steps, to the same batches; null: none on a CPU, whose
+    cores the steps need, and 2 beside an accelerator."""
+
     tracker: Literal["none", "wandb"] = "none"
     """Where metrics go besides metrics.jsonl; WANDB_MODE=offline keeps wandb off the network."""
 
@@ -141,6 +145,8 @@ class WarmupConfig:
     """Seeds everything random."""
 
     def __post_init__(self) -> None:
+        if self.workers is not None and self.workers < 0:
+            raise ConfigError(f"workers: {self.workers} is negative")
         require_positive(self, "save_every", *(["most_tasks"] if self.most_tasks is not None else []))
         if self.train_tags == "new" and not self.start_from:
             raise ConfigError("train_tags: new: every tag is new; name in start_from the tags to begin with")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import torch
 import transformers
@@ -111,7 +112,7 @@ def backbone_of(shape: str, precision: str) -> Backbone:
         shape: one of `SHAPES`.
         precision: ``fp32`` or ``bf16`` (autocast over fp32 weights).
     """
-    autocast = "bf16" if precision == "bf16" else "none"
+    autocast: Literal["bf16", "none"] = "bf16" if precision == "bf16" else "none"
     if shape == "embedded":
         return Backbone.load(BackboneConfig(device="cpu", precision=autocast))
     torch.manual_seed(0)

@@ -39,6 +39,7 @@ from icl_markup import EpisodeConfig, MarkupModel, WarmupConfig
 from icl_markup.batching import Batch
 from icl_markup.prompt import Prompt
 from icl_markup.results import provenance, write_rows
+from icl_markup.start import Start
 from icl_markup.stream import Item, Position, Step
 from icl_markup.warmup import _Warmup as Warmup
 from icl_markup.warmup_config import OptimiserConfig
@@ -56,7 +57,8 @@ def warmup_of(model: MarkupModel, out: str) -> Warmup:
         episodes=EpisodeConfig(n_way=(3, 8), k_shot=(0, 4), max_demos=24),
         optimiser=OptimiserConfig(steps=10**6, batch_tokens=PROMPTS * LENGTH, window=256),
     )  # fmt: skip
-    return Warmup(config, model, sample_tasks(), [], Accelerator(cpu=True), False)
+    start = Start.of(config, model.backbone)
+    return Warmup(config, model, start, sample_tasks(), [], Accelerator(cpu=True), False)
 
 
 def equal_items(warmup: Warmup) -> list[Item]:
