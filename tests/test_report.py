@@ -340,5 +340,7 @@ def test_printing_rows_does_not_load_matplotlib() -> None:
     for name in ("report", "report_grid", "report_rows", "tables", "markdown"):
         source = (RESULTS.parent / "icl_markup" / f"{name}.py").read_text()
         found = re.findall(r"^(?:from|import) (\S+)", source, re.MULTILINE)
-        ours = {f"icl_markup.{module}" for module in ("errors", "report_grid", "report_rows", "tables", "markdown")}
+        ours = {
+            f"icl_markup.{module}" for module in ("errors", "files", "report_grid", "report_rows", "tables", "markdown")
+        }
         assert {one for one in found if one.startswith(("icl_markup", "matplotlib", "PIL"))} <= ours
