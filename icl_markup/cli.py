@@ -25,7 +25,8 @@ _FIT = "Make a classifier of labels and examples; nothing is trained. Writes a f
 _PREDICT = """Classify texts; writes JSONL. Exit codes: 0 done; 1 done, but some texts have an error instead of an
 answer (--keep-errors); 2 an error; 130 interrupted."""
 _SERVE = """Serve a classifier over HTTP until SIGTERM or Ctrl-C, with a page at / and the API described at /docs. The
-API key, if there is one, comes from an environment variable."""
+API key, if there is one, comes from an environment variable. Exit codes: 0 ended by a signal, all answered; 1 ended,
+but some requests took longer than --grace-seconds and were refused; 2 an error."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -272,10 +273,10 @@ def _predict(args: argparse.Namespace, _overrides: list[str]) -> int:
     return 1 if failed else 0
 
 
-def _serve(args: argparse.Namespace, _overrides: list[str]) -> None:
+def _serve(args: argparse.Namespace, _overrides: list[str]) -> int:
     from icl_markup.serve import serve
 
-    serve(args)
+    return serve(args)
 
 
 def _show(args: argparse.Namespace, _overrides: list[str]) -> None:

@@ -11,11 +11,12 @@ from contextlib import suppress
 from itertools import islice
 from typing import Any, TypeVar
 
-from icl_markup.errors import ConfigError
+from icl_markup.errors import ConfigError, PromptError
 from icl_markup.predict import Answer, Ask
 
 _LOG = logging.getLogger(__name__)
 _T = TypeVar("_T")
+ENDING = "the server is shutting down"
 
 
 class BusyError(RuntimeError):
@@ -69,6 +70,8 @@ class MicroBatcher:
         self._queue: deque[_Waiting] = deque()
         self._size = 0
         self._closing = False
+        self._taken: list[_Waiting] = []
+        self._is_working = False
         self._arrived = asyncio.Event()
         self._enough = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -80,22 +83,49 @@ class MicroBatcher:
         return self._size
 
     @property
+    def full(self) -> bool:
+        """Whether not even one text more may wait."""
+        return self._size >= self.most_waiting
+
+    @property
     def running(self) -> bool:
         """Whether requests are taken."""
         return self._task is not None and not self._task.done() and not self._closing
+
+    @property
+    def working(self) -> bool:
+        """Whether the thread is at work; after `close` only where it was given up."""
+        return self._is_working
 
     async def start(self) -> None:
         """Start to take requests."""
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def close(self) -> None:
-        """Take no more requests, answer those that wait, and end the thread."""
+        """Take no more requests, answer those that wait, and end the thread; after `give_up` wait for nothing."""
         self._closing = True
         self._arrived.set()
         self._enough.set()
         if self._task is not None:
-            await self._task
-        self._worker.shutdown()
+            await asyncio.wait([self._task])
+            if not self._task.cancelled():
+                self._task.result()
+        self._worker.shutdown(wait=not self._is_working)
+
+    def give_up(self) -> int:
+        """Take no more requests, and refuse those that wait or are being answered; return how many these are.
+
+        The thread cannot be stopped: it goes on with what it is at (`working`), and nobody gets what it finds.
+        """
+        self._closing = True
+        left = [request for request in (*self._taken, *self._queue) if not request.future.done()]
+        for request in left:
+            request.future.set_exception(BusyError(ENDING))
+        self._queue.clear()
+        self._size = 0
+        if self._task is not None:
+            self._task.cancel()
+        return len(left)
 
     async def answers(self, texts: Sequence[str]) -> list[Answer]:
         """Return one answer a text, in order.
@@ -104,6 +134,7 @@ class MicroBatcher:
             texts: one text or more, each of which passes `checked_texts`.
 
         Raises:
+            PromptError: there are more texts than may wait.
             BusyError: the queue is full, or closed.
             Exception: what the model raised at the first text that it could not answer; other requests are answered.
         """
@@ -122,7 +153,12 @@ class MicroBatcher:
 
     async def _submit(self, request: _Waiting) -> Any:
         if not self.running:
-            raise BusyError("the server is shutting down")
+            raise BusyError(ENDING)
+        if request.size > self.most_waiting:
+            raise PromptError(
+                f"{request.size} texts in a request, where at most {self.most_waiting} may wait (--most-waiting); "
+                "send fewer at once"
+            )
         if self._size + request.size > self.most_waiting:
             raise BusyError(f"{self._size} texts are waiting, of at most {self.most_waiting}; try again later")
         self._queue.append(request)
@@ -167,10 +203,13 @@ class MicroBatcher:
         loop = asyncio.get_running_loop()
         if taken[0].function is None and self._on_batch is not None:
             self._on_batch(sum(request.size for request in taken))
+        self._taken, self._is_working = taken, True
         try:
             found = await loop.run_in_executor(self._worker, self._work, taken)
         except Exception as error:
             found = [error] * len(taken)
+            self._is_working = False
+        self._taken = []
         for request, result in zip(taken, found, strict=True):
             if request.future.done():
                 continue
@@ -183,6 +222,12 @@ class MicroBatcher:
 
     def _work(self, taken: list[_Waiting]) -> list[Any]:
         """Return each request's result or error; runs in the worker thread."""
+        try:
+            return self._results(taken)
+        finally:
+            self._is_working = False
+
+    def _results(self, taken: list[_Waiting]) -> list[Any]:
         function = taken[0].function
         if function is not None:
             try:

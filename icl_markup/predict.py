@@ -150,7 +150,7 @@ def ask_model(model: MarkupModel, episode: Episode, batch_tokens: int, top: int 
                 raise PromptError("the text is empty")
         answers = []
         for found in model.predictions(replace(episode, queries=tuple(map(Query, texts))), batch_tokens):
-            answer: Answer = {"label": found.label, "probabilities": _top(found.probabilities, top)}
+            answer: Answer = {"label": found.label, "probabilities": largest(found.probabilities, top)}
             if found.shortened or found.dropped:
                 answer |= {"shortened_demonstrations": found.shortened, "dropped_demonstrations": found.dropped}
             answers.append(answer)
@@ -167,13 +167,14 @@ def ask_classifier(classifier: MarkupClassifier, top: int | None = None) -> Ask:
         answers = []
         for row in classifier.predict_proba(texts):
             probabilities = dict(zip(map(str, classes), row.tolist(), strict=True))
-            answers.append({"label": classes[int(row.argmax())], "probabilities": _top(probabilities, top)})
+            answers.append({"label": classes[int(row.argmax())], "probabilities": largest(probabilities, top)})
         return answers
 
     return ask
 
 
-def _top(probabilities: dict[str, float], top: int | None) -> dict[str, float]:
+def largest(probabilities: dict[str, float], top: int | None) -> dict[str, float]:
+    """Return so many of the probabilities, the largest first; None: all, in their order."""
     if top is None:
         return probabilities
     return dict(sorted(probabilities.items(), key=lambda item: -item[1])[:top])

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import ipaddress
 import os
-import signal
 import sys
+from collections.abc import Callable
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from icl_markup.classifier import MarkupClassifier
 from icl_markup.errors import ConfigError
 from icl_markup.quantisation import add_argument as add_quantisation
 
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
 KEY_VARIABLE = "ICL_MARKUP_API_KEY"
 """The environment variable that holds the API key, unless another is named. A command line shows in process lists."""
 
-GRACE_SECONDS = 120
+GRACE_SECONDS = 120.0
 """After SIGTERM, requests in flight have so long to end."""
+
+_SWITCH_SECONDS = 0.0005
+"""How long one thread may hold the interpreter. Every read and write of a socket lets go of it, and with Python's 5 ms
+has to wait that long for the thread of the model: thousands of connections then take minutes."""
 
 _EXTRA = frozenset({"fastapi", "starlette", "uvicorn", "prometheus_client"})
 
@@ -34,22 +43,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--most-batch", type=int, default=64, help="the most texts that are answered together")
     parser.add_argument("--batch-wait-ms", type=float, default=3.0, help="milliseconds that a text waits for others")
     parser.add_argument("--most-waiting", type=int, default=1024, help="the most texts that wait; beyond: 503")
+    parser.add_argument("--grace-seconds", type=float, default=GRACE_SECONDS,
+                        help="seconds that requests in flight have after SIGTERM; then: 503")  # fmt: skip
     parser.add_argument("--batch-tokens", type=int, help="most tokens of one forward pass")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps …")
     add_quantisation(parser)
 
 
-def serve(args: argparse.Namespace) -> None:
+def serve(args: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT; requests in flight are answered first.
+
+    Returns:
+        The exit code: 0, or 1 if requests were refused at the end, as they took longer than `--grace-seconds`. If the
+        model is still at work on one then, the process ends here: a thread cannot be stopped.
 
     Raises:
         ConfigError: the extra is not installed, or the key, the port or a limit cannot be used.
-        MarkupError: the classifier cannot be loaded.
+        MarkupError: the classifier cannot be loaded, or cannot answer.
     """
     try:
-        import uvicorn
-
         from icl_markup.server import create_app
+        from icl_markup.server_process import Server, bound, unusable
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in _EXTRA:
             raise
@@ -57,6 +71,8 @@ def serve(args: argparse.Namespace) -> None:
 
     if not 0 <= args.port <= 65535:
         raise ConfigError(f"--port {args.port}: give a number from 0 to 65535")
+    if not 0 <= args.grace_seconds <= 86_400:
+        raise ConfigError(f"--grace-seconds {args.grace_seconds:g}: give 0 to 86,400")
     key = api_key(args.api_key_env)
     is_local = is_loopback(args.host)
     if not is_local and key is None:
@@ -64,10 +80,39 @@ def serve(args: argparse.Namespace) -> None:
             f"icl-markup: anyone who can reach {args.host} can use and change this classifier; set {KEY_VARIABLE}",
             file=sys.stderr,
         )
+    # Before the model is loaded, which takes a while; connections are refused until it is ready.
+    sockets = bound(args.host, args.port)
+    try:
+        server = Server(_app(args, create_app, key, is_local), args.grace_seconds)
+        _raise_open_files()
+        sys.setswitchinterval(_SWITCH_SECONDS)
+        server.run(sockets)
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        # Two servers that begin at the same time can both be bound; only one of them can listen.
+        raise unusable(args.host, args.port, error) from error
+    finally:
+        for one in sockets:
+            one.close()
+    if server.left:
+        print(
+            f"icl-markup: {server.left} requests took longer than {args.grace_seconds:g} seconds and were refused",
+            file=sys.stderr,
+        )
+    code = 1 if server.left else 0
+    if server.batcher.working:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _app(args: argparse.Namespace, create_app: Callable[..., FastAPI], key: str | None, is_local: bool) -> FastAPI:
     classifier = MarkupClassifier.load(
         args.classifier, device=args.device, batch_tokens=args.batch_tokens, quantisation=args.quantisation
     )
-    app = create_app(
+    return create_app(
         classifier,
         api_key=key,
         save=args.classifier if args.save else None,
@@ -78,21 +123,6 @@ def serve(args: argparse.Namespace) -> None:
         batch_wait_ms=args.batch_wait_ms,
         most_waiting=args.most_waiting,
     )
-    _raise_open_files()
-    # The server raises the signal that ended it once more when all is done. That a signal ended it is no failure.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
-    config = uvicorn.Config(
-        app,
-        host=args.host,
-        port=args.port,
-        log_level="info",
-        access_log=False,
-        backlog=4096,
-        server_header=False,
-        timeout_graceful_shutdown=GRACE_SECONDS,
-    )
-    uvicorn.Server(config).run()
 
 
 def api_key(variable: str | None) -> str | None:

@@ -20,7 +20,7 @@ from icl_markup.errors import ConfigError, MarkupError
 from icl_markup.inspection import prompt_pieces
 from icl_markup.intents import Intents, NotSavedError, UnknownLabelError
 from icl_markup.microbatch import BusyError, MicroBatcher
-from icl_markup.predict import Answer, ask_classifier
+from icl_markup.predict import Answer, ask_classifier, largest
 from icl_markup.server_bodies import (
     ClassifyAnswer,
     ClassifyAnswers,
@@ -40,6 +40,9 @@ from icl_markup.server_metrics import ServerMetrics
 
 _LOG = logging.getLogger(__name__)
 PAGE = Path(__file__).parent / "page"
+WARM_UP = "hello"
+"""The text that is asked before requests are taken: the first one of all has stored texts embedded."""
+
 _HELD = 64
 """The bodies of all requests together take at most so many times the bytes of the largest one."""
 
@@ -69,6 +72,9 @@ def create_app(
 ) -> FastAPI:
     """Return the application that serves a fitted classifier; it starts and ends its worker with its lifespan.
 
+    Its lifespan begins with a text that is asked, so that the first request does not wait for what is computed once; a
+    `MarkupError` of that text is raised. `app.state.batcher` is the `MicroBatcher`.
+
     Args:
         classifier: the classifier; from then on only the application's worker may use it.
         api_key: what requests must bring along as `X-API-Key` or `Authorization: Bearer`; None: nothing.
@@ -88,8 +94,8 @@ def create_app(
         raise ConfigError(f"bodies of {most_bytes} bytes within {body_seconds} seconds: give positive numbers")
     if api_key is not None and not (api_key and api_key.isascii() and api_key.isprintable() and " " not in api_key):
         raise ConfigError("the API key is empty or has other characters than printable ASCII without spaces")
-    backbone = classifier.fitted_model().backbone.name
-    metrics = ServerMetrics(lambda: batcher.waiting, lambda: len(classifier.labels()))
+    model = classifier.fitted_model()
+    metrics = ServerMetrics(lambda: batcher.waiting, lambda: len(classifier.labels()), model.prefixes)
 
     def answer(texts: list[str]) -> list[Answer]:
         return ask_classifier(classifier)(texts)  # the labels are those of the moment
@@ -105,8 +111,14 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         await batcher.start()
-        yield
-        await batcher.close()
+        try:
+            await batcher.call(lambda: answer([WARM_UP]))
+            yield
+        except BaseException:
+            batcher.give_up()
+            raise
+        finally:
+            await batcher.close()
 
     app = FastAPI(
         title="icl-markup",
@@ -125,12 +137,13 @@ def create_app(
         """Say whether requests are taken; needs no key."""
         if not batcher.running:
             raise BusyError("the server is shutting down")
-        return Health(status="ok", labels=len(classifier.labels()), backbone=backbone)
+        return Health(status="ok", labels=len(classifier.labels()), backbone=model.backbone.name)
 
     for path, file in (("/", "index.html"), ("/docs", "docs.html")):
         app.add_api_route(path, _file(PAGE / file), include_in_schema=False)
     app.mount("/static", StaticFiles(directory=PAGE))
     _add_errors(app)
+    app.state.batcher = batcher
     app.add_middleware(
         Guard,
         api_key=api_key,
@@ -138,6 +151,9 @@ def create_app(
         most_bytes=most_bytes,
         most_held=_HELD * most_bytes,
         body_seconds=body_seconds,
+        most_inside=most_waiting + most_batch,
+        is_full=lambda: batcher.full,
+        is_ending=lambda: not batcher.running,
         on_request=metrics.request,
     )
     return app
@@ -153,7 +169,10 @@ def _answers(classifier: MarkupClassifier, batcher: MicroBatcher, metrics: Serve
         found: list[Answer] = await batcher.answers(texts)
         metrics.classified(len(texts))
         return ClassifyAnswers(
-            answers=[ClassifyAnswer(label=str(one["label"]), probabilities=one["probabilities"]) for one in found]
+            answers=[
+                ClassifyAnswer(label=str(one["label"]), probabilities=largest(one["probabilities"], body.top))
+                for one in found
+            ]
         )
 
     @router.post("/prompt")

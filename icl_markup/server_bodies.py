@@ -23,10 +23,11 @@ class _Body(BaseModel):
 
 
 class ClassifyBody(_Body):
-    """Texts to classify: either `texts` or one `text`."""
+    """Texts to classify: either `texts` or one `text`; with `top`, only so many labels a text are answered."""
 
     texts: Annotated[list[_Text], Field(min_length=1, max_length=MOST_TEXTS)] | None = None
     text: _Text | None = None
+    top: Annotated[int, Field(ge=1, strict=True)] | None = None
 
     @model_validator(mode="after")
     def _one_of_both(self) -> ClassifyBody:
@@ -40,7 +41,10 @@ class ClassifyBody(_Body):
 
 
 class ClassifyAnswer(BaseModel):
-    """The likeliest label of a text, and each label's probability; a label that the prompt left out has 0."""
+    """The likeliest label of a text, and each label's probability; a label that the prompt left out has 0.
+
+    With `top`, the probabilities are the largest, the likeliest label's first.
+    """
 
     label: str
     probabilities: dict[str, float]

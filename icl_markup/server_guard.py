@@ -18,6 +18,9 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+QUEUE_PATHS = frozenset({"/classify", "/prompt"})
+"""Paths whose requests wait for the model; while the queue is full they are refused before anything of them is read."""
+
 OPEN_PATHS = frozenset({"/", "/docs", "/healthz", "/openapi.json"})
 """Paths that need no key: they tell nothing about labels or examples."""
 
@@ -33,6 +36,7 @@ _HEADERS = [
     (b"referrer-policy", b"no-referrer"),
     (b"cache-control", b"no-store"),
 ]
+_RETRY = [(b"retry-after", b"1")]
 
 
 class _RefusedError(Exception):
@@ -58,6 +62,10 @@ class Guard:
         most_bytes: the most bytes of a body.
         most_held: the most bytes of bodies of all requests together, those that wait for their answer included.
         body_seconds: seconds within which a body must have arrived.
+        most_inside: the most requests for the queue's paths that are on their way to an answer. Requests that arrive
+            together would otherwise all be read and checked before the first of them stands in the queue.
+        is_full: says whether the queue is full.
+        is_ending: says whether the server is shutting down; a request that the server then cancels is told so.
         on_request: told path, status and seconds of every request; the path is a route's, or ``other``.
     """
 
@@ -70,6 +78,9 @@ class Guard:
         most_bytes: int,
         most_held: int,
         body_seconds: float,
+        most_inside: int,
+        is_full: Callable[[], bool],
+        is_ending: Callable[[], bool],
         on_request: Callable[[str, int, float], None],
     ):
         self._app = app
@@ -78,8 +89,12 @@ class Guard:
         self._most_bytes = most_bytes
         self._most_held = most_held
         self._body_seconds = body_seconds
+        self._most_inside = most_inside
+        self._is_full = is_full
+        self._is_ending = is_ending
         self._on_request = on_request
         self._held = 0
+        self._inside = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass one connection on, or refuse it."""
@@ -90,26 +105,45 @@ class Guard:
             await send({"type": "websocket.close", "code": 1000})
             return
         began = time.perf_counter()
-        status = 500
+        status = 0
+        inside = 0
         body = bytearray()
 
         async def sending(message: Message) -> None:
-            nonlocal status
+            nonlocal status, inside
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message = {**message, "headers": [*message.get("headers", ()), *_HEADERS]}
+                # Who reads an answer slowly keeps nobody out.
+                self._inside -= inside
+                inside = 0
             await send(message)
 
         try:
             headers = {name.lower(): value for name, value in scope["headers"]}
             self._check(scope["path"], headers)
+            if scope["path"] in QUEUE_PATHS:
+                self._admit()
+                inside = 1
             await self._read(body, receive, headers)
             await self._app(scope, _replayed(bytes(body), receive), sending)
         except _RefusedError as refusal:
             await _refuse(refusal, sending)
+        except asyncio.CancelledError:
+            # Only the server's end is answered: whoever else cancels waits for the cancellation.
+            if not self._is_ending():
+                raise
+            if not status:
+                await _refuse(_RefusedError(503, "the server is shutting down", _RETRY), sending)
         finally:
             self._held -= len(body)
-            self._on_request(route_of(scope["path"]), status, time.perf_counter() - began)
+            self._inside -= inside
+            self._on_request(route_of(scope["path"]), status or 500, time.perf_counter() - began)
+
+    def _admit(self) -> None:
+        if self._inside >= self._most_inside or self._is_full():
+            raise _RefusedError(503, "as many texts are waiting as may wait; try again later", _RETRY)
+        self._inside += 1
 
     def _check(self, path: str, headers: dict[bytes, bytes]) -> None:
         host = _host(headers.get(b"host", b"").decode("latin-1"))
@@ -143,7 +177,7 @@ class Guard:
                 if len(body) > self._most_bytes:
                     raise self._too_large()
                 if self._held > self._most_held:
-                    raise _RefusedError(503, "too many large requests are waiting; try again", [(b"retry-after", b"1")])
+                    raise _RefusedError(503, "too many large requests are waiting; try again", _RETRY)
                 more = message.get("more_body", False)
 
         try:

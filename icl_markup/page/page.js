@@ -18,6 +18,7 @@ const lines = (id) => at(id).value.split("\n").map((line) => line.trim()).filter
 let classified = []; // the sentences whose answers are shown
 let prompted = null; // the sentence whose prompt is shown
 let edited = null; // the label whose examples are in the form
+let shown = null; // the form's examples as they were written into it, and what they stand for
 let again = null; // what is tried once more with a key
 
 /** Run what asks the server, one at a time for a button; show what goes wrong. */
@@ -87,12 +88,32 @@ function markEdited(label) {
   for (const line of at("labels").children) line.classList.toggle("edited", line.dataset.label === label);
 }
 
+/** Write examples one a line, with a mark for the line breaks inside them that is no part of any. */
+function shownExamples(examples) {
+  const mark = [..."⏎↵␤¶"].find((one) => !examples.some((text) => text.includes(one))) ?? "⏎";
+  const written = examples.map((text) => text.replaceAll(/\r\n|\r|\n/g, mark));
+  const hasBreaks = written.some((text, i) => text !== examples[i]);
+  const originals = new Map(written.map((text, i) => [text.trim(), examples[i]]));
+  return { value: written.join("\n"), mark, hasBreaks, originals };
+}
+
+/** Read the form's examples: a line that was not touched is the example that it stands for, to the character. */
+function typedExamples() {
+  const typed = lines("examples");
+  if (!shown) return typed;
+  const broken = (line) => (shown.hasBreaks ? line.replaceAll(shown.mark, "\n") : line);
+  return typed.map((line) => shown.originals.get(line) ?? broken(line));
+}
+
 function startEdit(intent) {
   markEdited(intent.label);
   at("label").value = intent.label;
   at("label").readOnly = true;
   at("description").value = intent.description;
-  at("examples").value = intent.examples.map((text) => text.replaceAll(/\s*\n\s*/g, " ")).join("\n");
+  shown = shownExamples(intent.examples);
+  at("examples").value = shown.value;
+  at("break-mark").textContent = shown.mark;
+  at("breaks").hidden = !shown.hasBreaks;
   at("add-heading").textContent = "Edit a label";
   at("add-button").textContent = "Save";
   at("cancel").hidden = false;
@@ -101,6 +122,8 @@ function startEdit(intent) {
 
 function endEdit() {
   markEdited(null);
+  shown = null;
+  at("breaks").hidden = true;
   at("add").reset();
   at("label").readOnly = false;
   at("add-heading").textContent = "Add a label";
@@ -116,10 +139,13 @@ async function changed() {
 at("add").addEventListener("submit", (event) => {
   event.preventDefault();
   attempt(async () => {
-    const body = { label: at("label").value, examples: lines("examples") };
+    const body = { label: at("label").value };
     const description = at("description").value.trim();
     if (description || edited !== null) body.description = description;
-    await ask(edited === null ? "POST" : "PUT", "/intents", body);
+    // Examples that are as they were are not sent: adding none to a label leaves it those that it has.
+    const isSame = shown !== null && at("examples").value === shown.value;
+    if (!isSame) body.examples = typedExamples();
+    await ask(edited === null || isSame ? "POST" : "PUT", "/intents", body);
     endEdit();
     await changed();
     at("label").focus();
