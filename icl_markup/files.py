@@ -186,8 +186,8 @@ def read_details(path: Path, versions: Collection[int], what: str) -> dict[str, 
     if not isinstance(details, dict) or "format" not in details:
         raise TagFileError(f"{path}: damaged: no format version")
     if details["format"] not in versions:
-        known = " and ".join(map(str, versions))
-        raise TagFileError(f"{path}: format {details['format']!r}; this version reads format {known}")
+        known = f"format{'s' * (len(versions) > 1)} {' and '.join(map(str, versions))}"
+        raise TagFileError(f"{path}: format {details['format']!r}; this version reads {known}")
     seal = details.pop(_SEAL, None)
     if seal is not None and seal != _digest(details):
         raise TagFileError(

@@ -31,7 +31,12 @@ def add_commands(commands: Any, *shared: Callable[[argparse.ArgumentParser], Non
         shared: what declare the arguments of a model, options and demonstrations.
     """
     tags = commands.add_parser("tags", help="inspect tag folders, and compare warm-ups")
-    tags.add_argument("folders", nargs="+", metavar="folder", help="a tag folder; several: warm-ups to compare")
+    tags.add_argument(
+        "folders",
+        nargs="+",
+        metavar="folder",
+        help="a tag folder or hub name (user/tags@revision); several: warm-ups to compare",
+    )
     tags.add_argument("--nearest", type=int, default=5, help="how many nearest vocabulary tokens to show")
     _add_forms(tags)
     tags.set_defaults(run=run_tags)

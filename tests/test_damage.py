@@ -99,11 +99,11 @@ def test_a_classifier_with_a_flipped_bit_is_refused_or_the_same(tmp_path: Path) 
     labels = list(TEXTS)
     MarkupClassifier(model).fit([TEXTS[label][0] for label in labels], labels).save(tmp_path / "c")
     path = tmp_path / "c" / "classifier.json"
-    right, same = read_details(path, 1, "classifier"), 0
+    right, same = read_details(path, [1], "classifier"), 0
     for data in flipped(path.read_bytes()):
         path.write_bytes(data)
         try:
-            found = read_details(path, 1, "classifier")
+            found = read_details(path, [1], "classifier")
             assert {key: value for key, value in found.items() if key in right} == right
             same += 1
         except TagFileError:
