@@ -273,7 +273,7 @@ def test_classifiers_and_commands_take_names_of_the_hub(
     fit = ["fit", str(examples), "--out", str(tmp_path / "fitted"), "--revision", commit, *backbone]
     assert main([*fit, "--tags", "user/tags"]) == 0
     assert main(fit) == 2 and "--revision is that of --tags" in capsys.readouterr().err
-    assert main(["tags", "user/tags", "--revision", commit]) == 0
+    assert main(["tags", f"user/tags@{commit}"]) == 0
     assert f"user/tags@{commit[:12]}: 5 tags" in capsys.readouterr().out
 
 
