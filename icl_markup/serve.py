@@ -82,6 +82,7 @@ def serve(args: argparse.Namespace) -> int:
         )
     # Before the model is loaded, which takes a while; connections are refused until it is ready.
     sockets = bound(args.host, args.port)
+    switch = sys.getswitchinterval()
     try:
         server = Server(_app(args, create_app, key, is_local), args.grace_seconds)
         _raise_open_files()
@@ -93,6 +94,7 @@ def serve(args: argparse.Namespace) -> int:
         # Two servers that begin at the same time can both be bound; only one of them can listen.
         raise unusable(args.host, args.port, error) from error
     finally:
+        sys.setswitchinterval(switch)
         for one in sockets:
             one.close()
     if server.left:

@@ -157,3 +157,36 @@ def test_closing_answers_what_waits_and_refuses_the_rest() -> None:
         await end
 
     asyncio.run(asyncio.wait_for(closing(), 30))
+
+
+def test_what_is_given_up_is_told_and_not_waited_for() -> None:
+    model = Model(held=True)
+
+    async def given_up() -> None:
+        batcher = MicroBatcher(model, most_batch=1)
+        await batcher.start()
+        tasks = [asyncio.ensure_future(batcher.answers([str(i)])) for i in range(3)]
+        await until(lambda: bool(model.batches))
+        end = asyncio.ensure_future(batcher.close())
+        await asyncio.sleep(0.05)
+        assert not end.done()
+        assert batcher.give_up() == 3 and batcher.give_up() == 0
+        for error in await asyncio.gather(*tasks, return_exceptions=True):
+            assert isinstance(error, BusyError) and "shutting down" in str(error)
+        await asyncio.wait_for(end, 5)
+        assert batcher.working and not batcher.running and batcher.waiting == 0
+        with pytest.raises(BusyError, match="shutting down"):
+            await batcher.answers(["late"])
+        model.open.set()
+        await until(lambda: not batcher.working)
+
+    try:
+        asyncio.run(asyncio.wait_for(given_up(), 30))
+    finally:
+        model.open.set()
+    assert model.batches == [["0"]], "the others were not asked"
+
+
+def test_a_request_larger_than_the_queue_is_the_senders_fault() -> None:
+    with pytest.raises(PromptError, match="4 texts in a request, where at most 3 may wait"):
+        batched(Model(), lambda batcher: batcher.answers(["a"] * 4), most_waiting=3)
