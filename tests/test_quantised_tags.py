@@ -14,7 +14,7 @@ from icl_markup.classifier import MarkupClassifier
 from icl_markup.cli import main
 from icl_markup.errors import TagFileError
 from icl_markup.fingerprint import Fingerprint
-from icl_markup.loading import BackboneConfig
+from icl_markup.loading import BackboneConfig, config_of
 from icl_markup.model import MarkupModel
 from icl_markup.quantisation import linear_layers
 from icl_markup.tagfile import read_tags
@@ -209,6 +209,14 @@ def test_commands_take_it_and_tags_bring_it_along(
     assert json.loads((tmp_path / "classifier" / "classifier.json").read_text())["backbone"]["quantisation"] == LIBRARY
     capsys.readouterr()
     assert main(["predict", "--classifier", out, "--device", "cpu", "--quantisation", "none", "--", "hi"]) == 0
+
+
+def test_a_file_of_an_unquantised_backbone_shares_it_with_whoever_asks_by_name() -> None:
+    saved = {"name": "model", "revision": None}
+    for form in ("none", "gptq"):
+        assert config_of({**saved, "quantisation": form}) == config_of(saved) == BackboneConfig("model")
+    assert config_of({**saved, "quantisation": LIBRARY}).quantisation == LIBRARY
+    assert config_of({**saved, "quantisation": LIBRARY}, quantisation="none").quantisation == "none"
 
 
 def test_a_fingerprint_survives_json(checkpoints: Path) -> None:
