@@ -41,7 +41,9 @@ def composed(
         only: names of the tags to take (their old ones), from every file that has them; or such lists by file. Files
             that the mapping does not name are taken whole.
         operation: ``merge``; ``average`` with `weights`; ``interpolate`` between two with `t`.
-        weights, t, answers: of these operations.
+        weights: of ``average``.
+        t: of ``interpolate``.
+        answers: as in these operations.
         token: a token of the hub.
 
     Raises:

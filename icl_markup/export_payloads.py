@@ -9,7 +9,7 @@ Formats, as their sources have them (neither engine is started here; what is sen
   (https://docs.vllm.ai/en/stable/serving/openai_compatible_server/).
 - SGLang's ``/v1/score`` takes token ids and, for each item, the vectors that stand where a placeholder id does
   (``ScoringRequest`` in ``sglang/srt/entrypoints/openai/protocol.py``, version 0.5.23: ``embed_override_token_id``,
-  ``item_embed_overrides`` [items][placeholders][hidden width]).
+  ``item_embed_overrides`` of shape (items, placeholders, hidden width)).
 
 All are for causal backbones: neither engine scores the slot of a masked model, and T5 runs in neither.
 """

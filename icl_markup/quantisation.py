@@ -110,7 +110,7 @@ def _torchao(form: str, device: torch.device, dtype: torch.dtype) -> transformer
 
 
 def recorded(saved: Mapping[str, Any]) -> Quantisation:
-    """Return how a backbone that a file names is to be quantised; auto where the checkpoint itself says, or it is not."""
+    """Return how a backbone that a file names is quantised; auto where the checkpoint itself says, or it is not."""
     value: Any = saved.get("quantisation", "auto")
     return value if value in get_args(Quantisation) and value != "none" else "auto"
 

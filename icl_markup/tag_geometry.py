@@ -80,8 +80,8 @@ def agreement(first: Mapping[str, Tensor], second: Mapping[str, Tensor], mean: T
     """Compare the tags that two warm-ups have in common, aligned by name.
 
     Args:
-        first, second: rows by tag name, each (width of the tag, embedding width). Of a tag that has more soft tokens
-            in one than in the other, those are compared that both have.
+        first: rows by tag name, each (width of the tag, embedding width).
+        second: others. Of a tag that has more soft tokens in one than in the other, those are compared that both have.
         mean: the vocabulary's mean row, (embedding width,).
 
     Returns:

@@ -160,12 +160,12 @@ class _Warmup:
 
     def run(self) -> WarmupResult:
         """Train and save, alone in the output folder; of several processes only the main one writes there."""
+        _check_trainable(self.model)
         alone = only_run(self.out, WarmupError, folder=True) if self.accelerator.is_main_process else nullcontext()
         with alone:
             return self._run()
 
     def _run(self) -> WarmupResult:
-        _check_trainable(self.model)
         checksum = self.model.backbone.checksum()
         self._open_output()
         if self.config.tracker != "none":

@@ -22,13 +22,13 @@ import re
 import shlex
 import socket
 import subprocess
-import sys
+import threading
 import time
-import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from icl_markup.cli import main
 
@@ -117,7 +117,7 @@ class Reader:
     def __init__(self, environment: dict[str, str]):
         self.environment = environment
         self.names: dict[str, Any] = {"__name__": "__main__"}
-        self.server: subprocess.Popen[str] | None = None
+        self.server: _Server | None = None
         self.port = 0
         self.printed = ""
 
@@ -151,9 +151,8 @@ class Reader:
     def stop(self) -> None:
         """End the server, if one runs."""
         if self.server is not None:
-            self.server.terminate()
-            code = self.server.wait(_SERVE_SECONDS)
-            self.server = None
+            server, self.server = self.server, None
+            code = server.stop()
             assert code == 0, f"the server ended with exit code {code}"
 
     def _python(self, block: Block) -> str:
@@ -210,38 +209,60 @@ class Reader:
         if ">" in words:
             target = Path(words[words.index(">") + 1])
             words = words[: words.index(">")]
-        before = {name: os.environ.get(name) for name in given}
-        os.environ.update(given)
-        try:
-            with _captured(split=target is not None) as out:
-                try:
-                    code = main(words)
-                except SystemExit as ended:
-                    code = int(ended.code or 0)
-        finally:
-            for name, value in before.items():
-                os.environ.pop(name) if value is None else os.environ.update({name: value})
+        with mock.patch.dict(os.environ, given), _captured(split=target is not None) as out:
+            try:
+                code = main(words)
+            except SystemExit as ended:
+                code = int(ended.code or 0)
         if target is not None:
             target.write_text(out.getvalue(), encoding="utf-8")
             return code, ""
         return code, out.getvalue()
 
     def _serve(self, words: Sequence[str], given: dict[str, str]) -> tuple[int, str]:
-        """Start the server on a free port, and wait until it answers."""
+        """Start the server on a free port, and wait until it listens."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
-        log = Path("server.log").open("w+", encoding="utf-8")  # noqa: SIM115 (open as long as the server)
-        command = [sys.executable, "-m", "icl_markup.cli", *words, "--port", str(self.port)]
-        environment = {**os.environ, **self.environment, **given}
-        self.server = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, text=True)
-        last = time.monotonic() + _SERVE_SECONDS
-        while time.monotonic() < last and self.server.poll() is None:
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{self.port}/healthz"):
-                break
-            time.sleep(0.1)
-        output = Path("server.log").read_text(encoding="utf-8").replace(str(self.port), "8000")
-        return self.server.poll() or 0, output
+        with mock.patch.dict(os.environ, given), _captured() as out:
+            self.server = _Server([*words, "--port", str(self.port)])
+        return self.server.code or 0, out.getvalue().replace(str(self.port), "8000")
+
+
+class _Server:
+    """The command that serves, in a thread: a process of its own would load everything again."""
+
+    def __init__(self, words: Sequence[str]):
+        import uvicorn
+
+        self.code: int | None = None
+        self._made: list[uvicorn.Server] = []
+        self._thread = threading.Thread(target=self._run, args=(words,), daemon=True)
+        made, begin = self._made, uvicorn.Server.__init__
+
+        def kept(server: uvicorn.Server, *given: Any) -> None:
+            begin(server, *given)
+            made.append(server)
+
+        # Signals belong to the main thread, which is another one here.
+        self._signals = mock.patch("signal.signal")
+        self._signals.start()
+        with mock.patch.object(uvicorn.Server, "__init__", kept):
+            self._thread.start()
+            last = time.monotonic() + _SERVE_SECONDS
+            while self._thread.is_alive() and time.monotonic() < last and not (made and made[0].started):
+                time.sleep(0.01)
+
+    def stop(self) -> int | None:
+        """Let the server end as after SIGTERM; return its exit code."""
+        for server in self._made:
+            server.should_exit = True
+        self._thread.join(_SERVE_SECONDS)
+        self._signals.stop()
+        return self.code
+
+    def _run(self, words: Sequence[str]) -> None:
+        self.code = main(words)
 
 
 def _commands(block: Block) -> Iterator[tuple[str, list[str]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -171,7 +172,7 @@ def test_an_unknown_token_that_is_also_the_beginning_of_text_is_no_way_in() -> N
 
 
 def test_tokens_that_a_user_added_are_reserved_too() -> None:
-    tokenizer = byte_level_tokenizer(mask=False)
+    tokenizer = copy.deepcopy(byte_level_tokenizer(mask=False))
     tokenizer.add_tokens(["<demo>", "card"])
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
     encoder = TextEncoder(tokenizer)
