@@ -1,7 +1,7 @@
 """Fuzz every reader with atheris (coverage-guided, libFuzzer), and write a row of results for each.
 
     pip install atheris
-    python scripts/fuzz.py results/robustness.jsonl --seconds 3600 --work runs/fuzz
+    python scripts/fuzz.py results/bench/robustness.jsonl --seconds 3600 --work runs/fuzz
 
 An input on which a reader does anything else than return or raise a `MarkupError` is kept in the work folder, as
 ``TARGET-crash-…``; it becomes a test in `tests/test_fuzz.py`.

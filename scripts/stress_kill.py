@@ -1,6 +1,6 @@
 """Kill a warm-up, an evaluation and a streaming prediction at random moments, resume them, and compare every byte.
 
-    python scripts/stress_kill.py results/robustness.jsonl --kills 50
+    python scripts/stress_kill.py results/bench/robustness.jsonl --kills 50
 
 Each job runs once undisturbed. Then it runs in a new folder, gets SIGKILL after a time drawn at random, up to most of
 the time that it takes, is started again with the same command, is killed again, and so on until it comes to its end,

@@ -170,7 +170,7 @@ def test_other_labels_are_noticed_where_only_the_best_is_written(
 
 
 def test_runs_that_are_killed_at_random_moments_end_with_the_bytes_of_one_that_was_not(tmp_path: Path) -> None:
-    """The short form of `python scripts/stress_kill.py results/robustness.jsonl --kills 50`."""
+    """The short form of `python scripts/stress_kill.py results/bench/robustness.jsonl --kills 50`."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, str(ROOT / "scripts" / "stress_kill.py"), str(tmp_path / "rows.jsonl"), "--kills", "2",
