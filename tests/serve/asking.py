@@ -62,6 +62,6 @@ def run(app: FastAPI, action: Callable[[], Awaitable[Any]]) -> Any:
 
     async def whole() -> Any:
         async with app.router.lifespan_context(app):
-            return await action()
+            return await asyncio.wait_for(action(), 120)
 
     return asyncio.run(whole())

@@ -134,9 +134,12 @@ def test_a_full_queue_refuses_before_anything_is_read(
         raise AssertionError("the body was read")
 
     async def full() -> None:
-        tasks = [asyncio.ensure_future(asked(app, "POST", "/classify", body)) for _ in range(3)]
-        while not app.state.batcher.full:
-            await asyncio.sleep(0.01)
+        # One is at work before the others come, which then wait: together they would not all come in.
+        tasks = []
+        for _ in range(3):
+            tasks.append(asyncio.ensure_future(asked(app, "POST", "/classify", body)))
+            await asyncio.sleep(0.5)
+        assert app.state.batcher.full
         for path in ("/classify", "/prompt"):
             sent: list[Any] = []
 
@@ -199,7 +202,9 @@ def test_a_request_cancelled_at_the_servers_end_is_told_so(
             given_up, cut = (
                 asyncio.ensure_future(asked(app, "POST", "/classify", b'{"text": "rain"}')) for _ in range(2)
             )
-            while not (app.state.batcher.working and app.state.batcher.waiting):
+            for _ in range(3000):
+                if app.state.batcher.working and app.state.batcher.waiting:
+                    break
                 await asyncio.sleep(0.01)
             cut.cancel()
             with pytest.raises(asyncio.CancelledError):
