@@ -15,14 +15,17 @@ from mkdocs.structure.files import File, Files
 PACKAGE = Path(__file__).parents[1] / "icl_markup"
 _GROUPS = {
     "Data": "tasks readers episodes",
-    "Prompts": "template markup prompt layout answers text",
-    "Backbone and tags": "tags loading backbone batching names model scoring sharing packing prefixes exactness"
-    " segments",
-    "Warm-up": "warmup warmup_config stream checkpoint",
-    "Tag folders": "tagfile fingerprint card",
+    "Prompts": "template markup prompt layout chat answers text",
+    "Backbone and tags": "tags loading quantisation backbone batching names model scoring sharing packing prefixes"
+    " exactness segments",
+    "Warm-up": "warmup warmup_config start stream checkpoint run_folder lock files",
+    "Tag folders": "tagfile fingerprint card hub push compose composition ancestry tag_commands",
+    "Tags in other tools": "export_merged export_peft import_peft export_payloads placement merging exported"
+    " export_check export_cli",
+    "Looking inside": "inspection understand tag_geometry tag_report tag_plots attention attention_plots",
     "Classifier": "classifier classifier_input classifier_file shared asking retrievers selection calibration",
-    "Server": "serve server server_bodies server_guard server_metrics microbatch intents",
-    "Commands and errors": "cli config fit predict output serving inspection quickstart embedded errors",
+    "Server": "serve server server_bodies server_guard server_metrics server_process microbatch intents",
+    "Commands and errors": "cli config fit predict output serving quickstart embedded errors",
     "Experiments": "experiment experiment_config drawing cells method variants prompted retrieval metaicl"
     " metaicl_config metaicl_model baselines setfit_method sentences measured summary open_world results",
     "Statistics": "evaluation statistics out_of_scope",
