@@ -17,8 +17,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicCache
 
+from icl_markup.activations import lean_activations
 from icl_markup.batching import Batch
+from icl_markup.beginnings import beginning_length, computed, without_beginning
+from icl_markup.devices import to_device
 from icl_markup.errors import BackboneError
 from icl_markup.exactness import Exactness, check_exactness
 from icl_markup.layout import Kind, Layout
@@ -190,13 +194,13 @@ class Backbone:
 
     def logits_at(self, hidden: Tensor, candidates: Tensor, mask: Tensor) -> Tensor:
         """Return logits of candidates, given what the head is given at their slots; shapes as in `candidate_logits`."""
-        logits = self._logits_of(hidden, candidates.to(hidden.device))
-        return logits.masked_fill(~mask.to(hidden.device), float("-inf"))
+        logits = self._logits_of(hidden, to_device(candidates, hidden.device))
+        return logits.masked_fill(~to_device(mask, hidden.device), float("-inf"))
 
     def log_probs_at(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Return log-probabilities of tokens, given what the head is given at their slots; see `token_log_probs`."""
         parts = []
-        for rows, wanted in zip(hidden.split(256), targets.to(hidden.device).split(256), strict=True):
+        for rows, wanted in zip(hidden.split(256), to_device(targets, hidden.device).split(256), strict=True):
             weight = self._head.weight
             logits = self._adjust(self._head(rows.to(weight.dtype) if is_plain(weight) else rows).float())
             parts.append(logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0])
@@ -234,18 +238,36 @@ class Backbone:
 
     def _hidden(self, batch: Batch, table: TagTable | None) -> Tensor:
         """Run the model; return what its head is given at the slots, of shape (slots, hidden width)."""
+        cache: DynamicCache | None = None
+        if table is not None and torch.is_grad_enabled() and self._keeps_beginnings(batch.input_ids.shape[1]):
+            length = beginning_length(batch, table.first_id)
+            if length:
+                cache = computed(self, batch.input_ids[0, :length], len(batch.input_ids))
+                batch = without_beginning(batch, length)
+            elif self._asking_costs():
+                cache = DynamicCache()  # says that no position restarts, where transformers would look
         with self.reading(batch) as reading:
-            hidden = self.hidden_states(reading.inputs, table)
-        rows = batch.rows.to(self.device)
-        return hidden[rows, reading.positions(rows, batch.positions.to(self.device))]
+            more = {} if cache is None else {"past_key_values": cache, "use_cache": True}
+            hidden = self.hidden_states({**reading.inputs, **more}, table)
+        rows = to_device(batch.rows, self.device)
+        return hidden[rows, reading.positions(rows, to_device(batch.positions, self.device))]
+
+    def _asking_costs(self) -> bool:
+        """Whether the CPU, where it asks for a value, waits for all that was given to the device before."""
+        return self.device.type != "cpu"
+
+    def _keeps_beginnings(self, longest: int) -> bool:
+        """Whether prompts may go on from keys and values that were computed without a gradient."""
+        if self.kind != "causal" or self._recomputes:
+            return False
+        return longest <= self.exactness.limit and not any(p.requires_grad for p in self.model.parameters())
 
     @contextmanager
     def reading(self, batch: Batch) -> Iterator[Reading]:
         """While active, a call of the model on `Reading.inputs` reads the batch as it is read for its slots."""
-        inputs: dict[str, Any] = {
-            "input_ids": batch.input_ids.to(self.device),
-            "attention_mask": batch.attention_mask.to(self.device),
-        }
+        inputs: dict[str, Any] = {"input_ids": to_device(batch.input_ids, self.device)}
+        if not self._needs_no_mask(batch):
+            inputs["attention_mask"] = to_device(batch.attention_mask, self.device)
         if self.kind == "seq2seq":
             inputs["decoder_input_ids"] = self._decoder_ids(batch)
         if self.kind != "masked":
@@ -253,23 +275,52 @@ class Backbone:
         with self.lock, self._segments(batch) as reading:
             yield reading._replace(inputs={**inputs, **reading.inputs})
 
+    def _needs_no_mask(self, batch: Batch) -> bool:
+        """Whether padding, which is on the right, is seen by no token that is read: attention without a mask is faster.
+
+        Models that see all tokens need none where nothing is padded. The mask is on the CPU, and no device is asked.
+        """
+        if self.kind == "causal":
+            return self.sees_nothing_ahead
+        if self.local_layers:  # segments bring masks of their own
+            return batch.segments is not None
+        return bool(batch.attention_mask.all())
+
+    @cached_property
+    def sees_nothing_ahead(self) -> bool:
+        """Whether a token's states are the same, to the bit, whatever follows it; checked at first use."""
+        ids = [*self.layout.prefix, *self.encoder.encode(" a b c")][: max(1, self.max_length - 2)]
+        found = []
+        with torch.no_grad():
+            for ends in (" d e", " f g"):
+                line = torch.tensor([[*ids, *self.encoder.encode(ends)][: self.max_length]], device=self.device)
+                states = self.hidden_states({"input_ids": line, "use_cache": False})
+                found.append((line.shape, states[0, : len(ids)]))
+        return found[0][0] == found[1][0] != (1, len(ids)) and torch.equal(found[0][1], found[1][1])
+
     def hidden_states(self, inputs: Mapping[str, Any], table: TagTable | None = None) -> Tensor:
         """Run the model on its own keyword arguments; return what its head is given, (rows, length, hidden width)."""
         tags = substituted(self.embedding, table) if table is not None else nullcontext()
-        with self.lock, tags, self._head_bypassed() as kept, self.autocast():
+        is_trained = torch.is_grad_enabled() and not self._recomputes
+        lean = lean_activations(self.model) if is_trained else nullcontext()
+        with self.lock, tags, lean, self._head_bypassed() as kept, self.autocast():
             self.model(**inputs)
         return kept[0]
+
+    @property
+    def _recomputes(self) -> bool:
+        """Whether layers recompute their activations in the backward pass."""
+        return any(m.training and getattr(m, "gradient_checkpointing", False) for m in self.model.modules())
 
     def _segments(self, batch: Batch) -> AbstractContextManager[Reading]:
         if not self.local_layers or batch.segments is None:
             return nullcontext(Reading({}, None))
-        anchors = None if batch.anchors is None else batch.anchors.to(self.device)
-        return segment_attention(self.model, batch.segments.to(self.device), anchors)
+        return segment_attention(self.model, batch.segments, batch.anchors, self.device)
 
     def _decoder_ids(self, batch: Batch) -> Tensor:
         start = self.model.config.decoder_start_token_id
         ids = torch.full((len(batch.input_ids), 1), start, device=self.device)
-        return ids if batch.decoder_ids is None else torch.cat([ids, batch.decoder_ids.to(self.device)], dim=1)
+        return ids if batch.decoder_ids is None else torch.cat([ids, to_device(batch.decoder_ids, self.device)], dim=1)
 
     @contextmanager
     def _head_bypassed(self) -> Iterator[list[Tensor]]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from icl_markup.backbone import Backbone
 from icl_markup.batching import Batch
 from icl_markup.chat import ChatConfig, ChatFrame
+from icl_markup.devices import to_device
 from icl_markup.episodes import Demo, Episode, Option, Query
 from icl_markup.errors import PromptError, nearest
 from icl_markup.loading import BackboneConfig
@@ -234,7 +235,7 @@ class MarkupModel:
             return SlotScores(scores, targets, torch.ones_like(targets, dtype=torch.bool))
         batch = Batch.of_prompts(prompts, self.pad_id, all_slots=all_slots)
         scores = self.backbone.candidate_logits(batch, self.table)
-        return SlotScores(scores, batch.targets.to(scores.device), batch.is_query)
+        return SlotScores(scores, to_device(batch.targets, scores.device), batch.is_query)
 
     @property
     def pad_id(self) -> int:

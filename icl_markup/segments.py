@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from icl_markup.devices import to_device
 from icl_markup.errors import BackboneError, nearest
 
 HEAD = 0
@@ -158,20 +159,25 @@ class Reading(NamedTuple):
 
 
 @contextmanager
-def segment_attention(model: PreTrainedModel, segments: Tensor, anchors: Tensor | None = None) -> Iterator[Reading]:
+def segment_attention(
+    model: PreTrainedModel, segments: Tensor, anchors: Tensor | None = None, device: torch.device | None = None
+) -> Iterator[Reading]:
     """While active, a call of `model` attends by segments; yields what the call is given, and where its states stand.
 
     Args:
         model: a masked model whose layers take an attention mask.
-        segments: the segment of each token, shape (prompts, longest).
+        segments: the segment of each token, shape (prompts, longest), on the CPU: how many tokens are kept is a number,
+            for which another device would have to be waited for.
         anchors: where symbols and slots are, bool, the same shape; None where they are not known, or where whole names
             stand for symbols: global layers then see every token, whatever the model's configuration says. Where they
             see anchors alone, they are given nothing else to work on.
+        device: the model's; None: the CPU.
 
     Raises:
         BackboneError: the model cannot attend by segments (see `encoder_layers`), or its layers recompute their
             activations in a way that would lose the mask.
     """
+    device = device or segments.device
     layers, positions = encoder_layers(model), _position_table(model)
     if any(_recomputes_hooks(layer) for layer in layers):
         raise BackboneError(
@@ -180,12 +186,15 @@ def segment_attention(model: PreTrainedModel, segments: Tensor, anchors: Tensor 
         )
     count = local_layers(model)
     offset = 0 if positions.padding_idx is None else positions.padding_idx + 1  # RoBERTa counts on from there
-    inputs = {"position_ids": position_ids(segments, positions.num_embeddings - offset) + offset}
-    local, everywhere = visible(segments)
+    numbers = position_ids(segments, positions.num_embeddings - offset) + offset
+    inputs = {"position_ids": to_device(numbers, device)}
+    local, everywhere = visible(to_device(segments, device))
     kept, places = None, None
     if anchors is not None and looks_at_anchors(model) and count < len(layers):
         kept, places = _kept(anchors | (segments == HEAD))
-        everywhere = visible(segments.gather(1, kept.clamp(min=0)).masked_fill(kept < 0, PADDING))[1]
+        seen = segments.gather(1, kept.clamp(min=0)).masked_fill(kept < 0, PADDING)
+        everywhere = visible(to_device(seen, device))[1]
+        kept, places = to_device(kept, device), to_device(places, device)
     with ExitStack() as hooks:
         local_hook, global_hook = _masked(local, layers[0]), _masked(everywhere, layers[0])
         for number, layer in enumerate(layers):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import random
 import signal
 import threading
@@ -16,9 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
-from torch.nn import functional as F
 from tqdm.auto import tqdm
-from transformers import get_scheduler
 
 from icl_markup.backbone import Backbone
 from icl_markup.checkpoint import Progress, has_checkpoint, load_checkpoint, save_checkpoint
@@ -29,6 +26,7 @@ from icl_markup.evaluation import answer_queries
 from icl_markup.files import append_line
 from icl_markup.lock import only_run
 from icl_markup.model import MarkupModel
+from icl_markup.optimisation import Launched, TagOptimiser
 from icl_markup.quantisation import check_gradients
 from icl_markup.readers import read_task
 from icl_markup.run_folder import METRICS, open_output, writing
@@ -147,14 +145,12 @@ class _Warmup:
             workers=(0 if accelerator.device.type == "cpu" else 2) if config.workers is None else config.workers,
         )
         self.scale = _embedding_deviation(model.backbone)
-        optimizer = torch.optim.AdamW([self.table.rows], lr=plan.learning_rate * self.scale, weight_decay=0.0)
-        self.optimizer = accelerator.prepare_optimizer(optimizer)
-        self.scheduler = get_scheduler(
-            plan.schedule, optimizer, num_warmup_steps=plan.warmup_steps, num_training_steps=plan.steps
-        )
-        self.raw_optimizer = optimizer
+        rate = plan.learning_rate * self.scale
+        self.optimiser = TagOptimiser(model, plan, rate, config.supervise == "all", accelerator)
         self.progress = Progress()
         self.best = self.table.rows.detach().clone()
+        self._launched: Launched | None = None
+        self._settled = 0
         self._interrupts: list[int] = []
         self._told_to_stop = False
 
@@ -191,7 +187,7 @@ class _Warmup:
                 raise WarmupError(
                     f"{self.out}: holds a run already; resume it (--resume true) or choose another output"
                 )
-            rows, best, self.progress, before = load_checkpoint(self.out, self.raw_optimizer)
+            rows, best, self.progress, before = load_checkpoint(self.out, self.optimiser.raw)
             # What an earlier version did not know it did as by default.
             before = {**_comparable(WarmupConfig(tasks=[])), **before}
             changed = next((k for k in comparable if comparable[k] != before.get(k)), None)
@@ -205,12 +201,7 @@ class _Warmup:
             with torch.no_grad():
                 self.table.rows.copy_(rows)
             self.best = best.to(self.table.rows.device)
-            if self.accelerator.scaler is not None and self.progress.loss_scale:
-                self.accelerator.scaler.load_state_dict(self.progress.loss_scale)
-            if self.progress.schedule:
-                self.scheduler.load_state_dict({**self.scheduler.state_dict(), **self.progress.schedule})
-                for group, rate in zip(self.raw_optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
-                    group["lr"] = rate
+            self.optimiser.restore(self.progress.schedule, self.progress.loss_scale)
         if self.accelerator.is_main_process:
             open_output(self.out, self.config, self.progress.step)
         self.accelerator.wait_for_everyone()
@@ -221,87 +212,59 @@ class _Warmup:
             return
         if state.step == 0:
             self._validate()
+        self._settled = state.step
+        hidden = not self.show_progress
         with (
             _interrupt_noted() as self._interrupts,
-            tqdm(
-                total=plan.steps, initial=state.step, desc="warm-up", unit="step", disable=not self.show_progress
-            ) as bar,
+            tqdm(total=plan.steps, initial=state.step, desc="warm-up", unit="step", disable=hidden) as self._bar,
         ):
             for step in self.stream.steps(Position(state.window, state.batch)):
                 if state.step >= plan.steps or self._out_of_patience():
                     break
-                metrics = self._step(step)
+                launched = self._step(step)
+                self._settle()  # the step before, while this one is at work
+                self._launched = launched
                 state.step += 1
                 state.window, state.batch = step.after
-                if not self.validation_tasks:
-                    self.best, state.best_step = self.table.rows.detach().clone(), state.step
-                self._log({"step": state.step, **metrics})
-                shown = {"loss": f"{metrics['loss']:.3f}"}
-                if self.validation_tasks:
-                    shown["best"] = f"{state.best_accuracy:.3f}"
-                bar.set_postfix(shown, refresh=False)
-                bar.update()
                 last = state.step == plan.steps
-                if state.step % self.config.validation.every == 0 or last:
+                stop = self._told_to_stop or (self.accelerator.num_processes == 1 and bool(self._interrupts))
+                validate = state.step % self.config.validation.every == 0 or last
+                save = state.step % self.config.save_every == 0 or last or stop
+                if validate or save:
+                    self._settle()
+                if validate:
                     self._validate()
-                if state.step % self.config.save_every == 0 or last:
+                if save:
                     self._save()
-                if self._told_to_stop:
-                    self._save()
+                if stop:
                     raise Interrupted(f"interrupted; {self.out} holds step {state.step}; resume it (--resume true)")
         state.finished = True
         self._save()
 
-    def _step(self, step: Step) -> dict[str, Any]:
-        mine = step.batches[self.accelerator.process_index :: self.accelerator.num_processes]
-        all_slots = self.config.supervise == "all"
-        total_slots = sum(
-            sum(1 for slot in item.prompt.slots if all_slots or slot.is_query) for b in step.batches for item in b
-        )
-        device = self.table.rows.device
-        # Loss, right answers, tokens, positions with padding, and whether a process was told to stop: all of them
-        # must stop after the same step, or one would wait for the others for ever.
-        sums = torch.zeros(5, device=device)
-        sums[4] = float(bool(self._interrupts))
-        for batch in mine:
-            prompts = [item.prompt for item in batch]
-            terms = self.model.loss_terms(prompts, [item.episode for item in batch], all_slots)
-            loss = F.cross_entropy(terms.scores, terms.targets, reduction="sum", ignore_index=-1) / total_slots
-            self.accelerator.backward(loss)
-            longest = max(len(p.ids) for p in prompts)
-            right = (terms.scores.argmax(-1) == terms.targets).sum()
-            tokens_and_positions = [float(sum(len(p.ids) for p in prompts)), float(longest * len(prompts))]
-            sums[:2] += torch.stack([loss.detach().float(), right.float()])
-            sums[2:4] += torch.tensor(tokens_and_positions, device=device)
-        sums = self.accelerator.reduce(sums, "sum")
-        if self.accelerator.num_processes > 1:
-            self.table.rows.grad = self.accelerator.reduce(self.table.rows.grad, "sum")
-        loss_value, right_value, tokens, positions, stop = sums.tolist()
-        self._told_to_stop = stop > 0
-        if not math.isfinite(loss_value):
-            self._fail_on("loss", loss_value)
-        norm = float(self.accelerator.clip_grad_norm_([self.table.rows], self.config.optimiser.gradient_clip))
-        if not math.isfinite(norm) and self.accelerator.scaler is None:  # a loss scaler skips such steps by itself
-            self._fail_on("gradient's norm", norm)
-        self.progress.tokens += int(tokens)
-        self.progress.positions += int(positions)
-        rate = self.scheduler.get_last_lr()[0]
-        self.optimizer.step()
-        self.scheduler.step()
-        self.optimizer.zero_grad()
-        items = [item for batch in step.batches for item in batch]
-        return {
-            "loss": loss_value,
-            "accuracy": right_value / total_slots,
-            "learning_rate": rate,
-            "gradient_norm": norm if math.isfinite(norm) else None,
-            "slots": total_slots,
-            "tokens": int(tokens),
-            "padding": 1 - tokens / positions,
-            "shortened": sum(item.prompt.shortened for item in items),
-            "dropped": sum(item.prompt.dropped for item in items),
-            "skipped": step.skipped,
-        }
+    def _step(self, step: Step) -> Launched:
+        return self.optimiser.launch(step, bool(self._interrupts))
+
+    def _settle(self) -> None:
+        """Read what the step before came to, and write it down."""
+        launched, self._launched = self._launched, None
+        if launched is None:
+            return
+        state, number = self.progress, self._settled + 1
+        found = launched.read()
+        if found.defect:
+            self._fail_on(found.defect, number)
+        self._settled = number
+        self._told_to_stop = found.stop
+        state.tokens += found.tokens
+        state.positions += found.positions
+        if not self.validation_tasks:
+            self.best, state.best_step = launched.rows, number
+        self._log({"step": number, **found.metrics})
+        shown = {"loss": f"{found.metrics['loss']:.3f}"}
+        if self.validation_tasks:
+            shown["best"] = f"{state.best_accuracy:.3f}"
+        self._bar.set_postfix(shown, refresh=False)
+        self._bar.update()
 
     def _save_best(self, summary: dict[str, Any]) -> None:
         with torch.no_grad():
@@ -310,11 +273,12 @@ class _Warmup:
         if self.accelerator.is_main_process:
             write_tags(self.model.origin, self.out / "tags")
 
-    def _fail_on(self, what: str, value: float) -> None:
+    def _fail_on(self, defect: str, step: int) -> None:
+        self.progress.step = step - 1  # what came after it is worth nothing
         self._save_best(self._summary())
         raise WarmupError(
-            f"the {what} became {value} at step {self.progress.step + 1}; the tags of step {self.progress.best_step} "
-            f"are in {self.out / 'tags'}; lower optimiser.learning_rate or use fp32"
+            f"the {defect} at step {step}; the tags of step {self.progress.best_step} are in {self.out / 'tags'}; "
+            "lower optimiser.learning_rate or use fp32"
         )
 
     def _validate(self) -> None:
@@ -352,14 +316,11 @@ class _Warmup:
             self.accelerator.log({k: v for k, v in metrics.items() if k != "step"}, step=metrics["step"])
 
     def _save(self) -> None:
-        schedule = self.scheduler.state_dict()
-        self.progress.schedule = {name: schedule[name] for name in ("last_epoch", "_step_count", "_last_lr")}
-        if self.accelerator.scaler is not None:
-            self.progress.loss_scale = self.accelerator.scaler.state_dict()
+        self.progress.schedule, self.progress.loss_scale = self.optimiser.state()
         if self.accelerator.is_main_process:
             with writing(self.out):
                 save_checkpoint(
-                    self.out, self.table.rows, self.best, self.raw_optimizer, self.progress, self._comparable()
+                    self.out, self.table.rows, self.best, self.optimiser.raw, self.progress, self._comparable()
                 )
 
     def _comparable(self) -> dict[str, Any]:
