@@ -40,8 +40,8 @@ def check_exportable(model: MarkupModel, form: Form) -> None:
         )
     if getattr(backbone.model, "is_quantized", False):
         raise ExportError(
-            f"backbone {backbone.name!r} is quantised; load it in its original type (--quantisation none, or the "
-            "checkpoint that it was made from), export it, and quantise that"
+            f"backbone {backbone.name!r} is quantised; export the tags with the model that it was made from "
+            "(--backbone), and quantise what is written"
         )
     dtype = next(backbone.embedding.parameters()).dtype
     if dtype not in DTYPES.values():

@@ -25,6 +25,7 @@ from icl_markup.prompt import Prompt
 from tests.conftest import byte_level_tokenizer, tiny_backbone
 from tests.test_export_merged import EPISODE, QUERIES, tied_llama, warmed
 from tests.test_export_peft import as_the_card_says
+from tests.test_quantisation import checkpoint, load, needs
 
 TOKENS = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
 LAYERS = ["sliding_attention", "full_attention"]
@@ -178,6 +179,18 @@ def test_what_cannot_be_written_is_refused_before_or_after_and_never_left_behind
             check_exportable(MarkupModel.untrained(BackboneConfig("embedded", device="cpu")), form)
     with pytest.raises(ExportError, match="score causal models"):
         check_exportable(warmed(tiny_backbone("t5")), "vectors")
+
+
+def test_tags_of_a_quantised_backbone_are_exported_from_the_original(tmp_path: Path) -> None:
+    needs("bitsandbytes-nf4")
+    place = checkpoint(tmp_path, "llama")
+    quantised = MarkupModel(load(place, "bitsandbytes-nf4"), seed=3)
+    for form in ("merged", "peft"):
+        with pytest.raises(ExportError, match="is quantised; export the tags with the model that it was made from"):
+            check_exportable(quantised, form)
+    check_exportable(quantised, "vectors")
+    quantised.save(tmp_path / "tags")
+    assert export_merged(MarkupModel.from_tags(tmp_path / "tags", load(place)), tmp_path / "merged").agreement.prompts
 
 
 def _prompts(model: MarkupModel) -> list[Prompt]:
