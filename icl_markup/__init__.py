@@ -5,6 +5,7 @@ The data's way through the modules: `tasks` (read by `readers`) â†’ `episodes` â
 `tagfile` keeps what was trained. Reference: Brunet, Anderson, Zemel 2023, arXiv 2312.07405.
 """
 
+from icl_markup import quiet  # noqa: F401  (before anything imports transformers)
 from icl_markup.backbone import Backbone
 from icl_markup.chat import ChatConfig
 from icl_markup.classifier import MarkupClassifier

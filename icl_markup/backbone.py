@@ -37,7 +37,7 @@ from icl_markup.segments import (
     segment_attention,
     set_global_heads,
 )
-from icl_markup.tags import TagTable, substituted
+from icl_markup.tags import Tag, TagTable, substituted
 from icl_markup.text import TextEncoder
 
 __all__ = ["Backbone", "BackboneConfig"]
@@ -160,6 +160,30 @@ class Backbone:
         """Whether it computes in fp32 throughout, so that the same answer by another way differs by little rounding."""
         first = next(self.model.parameters()).dtype
         return self.precision == "none" and self.quantisation == "none" and first == torch.float32
+
+    def check_lookups(self) -> None:
+        """Check that the ids of tags are looked up nowhere but in the input embedding; at no cost for most models.
+
+        Raises:
+            BackboneError: each layer looks ids up in a table of its own, as in the small models of Gemma 4.
+        """
+        tables = [m for n, m in self.model.named_modules() if n.endswith("embed_tokens_per_layer")]
+        tag = torch.tensor([[self.first_tag_id]], device=self.device)
+        row = torch.zeros(1, self.width, device=self.device)
+        hooks = [table.register_forward_pre_hook(self._refuse_tags) for table in tables]
+        try:
+            if hooks:  # Gemma 3n masks the ids that are beyond that table, which only a pass shows
+                self.hidden_states({"input_ids": tag, "use_cache": False}, TagTable([Tag("<a>")], row, int(tag)))
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _refuse_tags(self, _table: nn.Module, args: tuple[Any, ...]) -> None:
+        if bool((args[0] >= self.first_tag_id).any()):
+            raise BackboneError(
+                f"backbone {self.name!r} ({type(self.model).__name__}) looks token ids up in every layer, where soft "
+                "tokens have no row; choose a model without such tables, or a template in plain words"
+            )
 
     @cached_property
     def exactness(self) -> Exactness:

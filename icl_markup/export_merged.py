@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from icl_markup.backbone import Backbone
-from icl_markup.errors import ExportError, PromptError
+from icl_markup.errors import BackboneError, ExportError, PromptError
 from icl_markup.export_check import Agreement, check_prompts, compare_logits, scattered
-from icl_markup.exported import SIDECAR, check_exportable, check_target, markup_for, prompt_text, sidecar
+from icl_markup.exportable import check_exportable
+from icl_markup.exported import SIDECAR, check_target, markup_for, prompt_text, sidecar
 from icl_markup.files import new_folder
 from icl_markup.loading import DTYPES, BackboneConfig, load_pretrained
 from icl_markup.merging import with_rows
@@ -57,7 +58,7 @@ def export_merged(model: MarkupModel, folder: str | Path) -> Merged:
             what was written does not encode, or does not answer, as the live model does.
     """
     folder = Path(folder)
-    check_exportable(model)
+    check_exportable(model, "merged")
     check_target(folder)
     assert model.table is not None
     backbone = model.backbone
@@ -89,9 +90,17 @@ def _suppress(config: Any, ids: list[int]) -> None:
 def _check(model: MarkupModel, placement: Placement, part: Path, where: str) -> tuple[Agreement, bool]:
     """Load what was written and compare; return the agreement and whether prompts can be given as text."""
     backbone = model.backbone
-    loaded = load_pretrained(_config_of(backbone, part))
+    try:
+        loaded = load_pretrained(_config_of(backbone, part))
+    except BackboneError as error:
+        raise ExportError(
+            f"{where}: what was written of {type(backbone.model).__name__} cannot be loaded again, and was not left "
+            f"there ({error}); give the tags away as a PEFT adapter instead"
+        ) from error
     check_tokenizer(loaded.tokenizer, placement)
-    markup = markup_for(model.template, loaded.tokenizer, backbone.kind, placement, model.answers, backbone.max_length)
+    markup = markup_for(
+        model.template, loaded.tokenizer, backbone.kind, placement, model.answers, backbone.max_length, model.chat
+    )
     live, theirs = check_prompts(model.markup), check_prompts(markup)
     for mine, other in zip(live, theirs, strict=True):
         if tuple(placement.moved(mine.ids)) != other.ids:
@@ -100,7 +109,7 @@ def _check(model: MarkupModel, placement: Placement, part: Path, where: str) -> 
     agreement = compare_logits(model, loaded.model, lines, placement, never=True, where=where)
     try:
         for prompt in theirs:
-            prompt_text(prompt, placement, markup.encoder)
+            prompt_text(prompt, placement, markup, model.chat)
     except PromptError:
         return agreement, False
     return agreement, True
@@ -108,9 +117,7 @@ def _check(model: MarkupModel, placement: Placement, part: Path, where: str) -> 
 
 def _config_of(backbone: Backbone, folder: Path) -> BackboneConfig:
     dtype = next(backbone.embedding.parameters()).dtype
-    named: Any = next((name for name, value in DTYPES.items() if value == dtype), None)
-    if named is None:
-        raise ExportError(f"weights of type {dtype} are not exported; load the backbone in one of {', '.join(DTYPES)}")
+    named: Any = next(name for name, value in DTYPES.items() if value == dtype)
     attention: Any = getattr(backbone.model.config, "_attn_implementation", None)
     if attention not in ("eager", "sdpa", "flash_attention_2"):
         attention = "auto"

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from icl_markup.errors import ExportError
-from icl_markup.merging import embedding_scale
+from icl_markup.exportable import check_exportable
 from icl_markup.model import MarkupModel
 from icl_markup.prompt import Prompt
 from icl_markup.tags import substituted
@@ -40,7 +40,7 @@ def prompt_embeds(model: MarkupModel, prompt: Prompt) -> Tensor:
     Raises:
         ExportError: the backbone is not causal, or it scales what an engine is given once more.
     """
-    _check_causal(model)
+    check_exportable(model, "vectors")
     assert model.table is not None
     backbone = model.backbone
     with substituted(backbone.embedding, model.table):
@@ -92,7 +92,7 @@ def sglang_score_request(model: MarkupModel, prompts: Sequence[Prompt], name: st
     Raises:
         ExportError: the backbone is not causal, whole names are scored, or there are no prompts.
     """
-    _check_causal(model)
+    check_exportable(model, "vectors")
     assert model.table is not None
     if not prompts:
         raise ExportError("there is no prompt to make a request of")
@@ -144,20 +144,6 @@ def _candidates(prompt: Prompt) -> list[int]:
     if not candidates:
         raise ExportError("these tags are answered with whole names; requests are made for option symbols only")
     return candidates
-
-
-def _check_causal(model: MarkupModel) -> None:
-    if model.backbone.kind != "causal":
-        raise ExportError(
-            f"vLLM and SGLang score causal models; {model.backbone.name!r} is a {model.backbone.kind} one"
-        )
-    if model.table is None:
-        raise ExportError(f"template {model.template.name!r} has no tags: its prompts need no request of their own")
-    if embedding_scale(model.backbone) != 1.0:
-        raise ExportError(
-            f"{type(model.backbone.model).__name__} scales its embeddings, and engines differ in whether they scale "
-            "those that they are given; export a merged checkpoint"
-        )
 
 
 def _unused(model: MarkupModel, prompts: Iterable[Prompt]) -> int:

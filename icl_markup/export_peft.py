@@ -22,9 +22,9 @@ from transformers import PreTrainedModel
 
 from icl_markup.errors import ExportError
 from icl_markup.export_check import Agreement, check_prompts, compare_logits, scattered
-from icl_markup.exported import SIDECAR, check_exportable, check_target, sidecar
+from icl_markup.exportable import check_exportable, embedding_scale
+from icl_markup.exported import SIDECAR, check_target, sidecar
 from icl_markup.files import new_folder
-from icl_markup.merging import embedding_scale
 from icl_markup.model import MarkupModel
 from icl_markup.placement import Placement, place_tags
 
@@ -51,7 +51,7 @@ def export_peft(model: MarkupModel, folder: str | Path) -> Agreement:
             written does not answer as the live model does.
     """
     folder = Path(folder)
-    check_exportable(model)
+    check_exportable(model, "peft")
     check_target(folder)
     assert model.table is not None
     backbone = model.backbone
@@ -84,6 +84,8 @@ def prepare_base(base: PreTrainedModel, rows: int) -> PreTrainedModel:
 
     Where the configuration says tied, resizing ties the head (also a T5's, which is not), and PEFT puts the tags into
     the head as well, and there forgets its bias. So it says what is true while resizing, and not tied to PEFT.
+    Resizing also makes one module of the embeddings of an encoder and a decoder, and PEFT knows that by one name only,
+    which is not the encoder's: so the encoder gets a module of its own again, with the same table.
 
     Args:
         base: the model, which is changed and returned.
@@ -92,6 +94,8 @@ def prepare_base(base: PreTrainedModel, rows: int) -> PreTrainedModel:
     base.config.tie_word_embeddings = base.get_output_embeddings().weight is base.get_input_embeddings().weight
     if base.get_input_embeddings().weight.shape[0] < rows:
         base.resize_token_embeddings(rows, mean_resizing=False)
+        if base.config.is_encoder_decoder:
+            base.get_encoder().set_input_embeddings(copy.copy(base.get_input_embeddings()))
     base.config.tie_word_embeddings = False
     return base
 
@@ -109,13 +113,26 @@ def _name_of(model: MarkupModel) -> str:
 
 def _check(model: MarkupModel, placement: Placement, part: Path, rows: int, where: str) -> Agreement:
     base = prepare_base(copy.deepcopy(model.backbone.model), rows)
-    adapted = PeftModel.from_pretrained(base, str(part), torch_device=str(model.backbone.device))
+    try:
+        adapted = PeftModel.from_pretrained(base, str(part), torch_device=str(model.backbone.device))
+    except ValueError as error:  # what PEFT raises for modules that it does not find or cannot adapt
+        first = str(error).splitlines()[0]
+        raise ExportError(
+            f"{where}: PEFT cannot load the adapter on {type(base).__name__}, and it was not left there ({first}); "
+            "export a merged checkpoint instead"
+        ) from error
     lines = [*(prompt.ids for prompt in check_prompts(model.markup)), *scattered(model)]
     with torch.inference_mode():
         return compare_logits(model, adapted.eval(), lines, placement, never=False, where=where)
 
 
 def _card(model: MarkupModel, placement: Placement, rows: int) -> str:
+    own, copied = "", ""
+    if model.backbone.kind == "seq2seq":
+        own, copied = (
+            "\n    base.get_encoder().set_input_embeddings(copy(base.get_input_embeddings()))",
+            "from copy import copy\n\n",
+        )
     auto = {"causal": "CausalLM", "seq2seq": "Seq2SeqLM", "masked": "MaskedLM"}[model.backbone.kind]
     return f"""---
 library_name: peft
@@ -126,14 +143,14 @@ base_model: {model.backbone.name}
 {len(placement.all_ids)} soft tokens: {", ".join(f"`{placement.text(name)}`" for name in placement.tokens)}.
 
 ```python
-from peft import PeftModel
+{copied}from peft import PeftModel
 from transformers import AutoModelFor{auto}, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("path of this folder")
 base = AutoModelFor{auto}.from_pretrained({model.backbone.name!r})
 base.config.tie_word_embeddings = base.get_output_embeddings().weight is base.get_input_embeddings().weight
 if base.get_input_embeddings().weight.shape[0] < {rows}:
-    base.resize_token_embeddings({rows}, mean_resizing=False)
+    base.resize_token_embeddings({rows}, mean_resizing=False){own}
 base.config.tie_word_embeddings = False  # or PEFT puts the tags into the head as well, and there forgets its bias
 model = PeftModel.from_pretrained(base, "path of this folder")
 ```

@@ -16,6 +16,7 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 import icl_markup
+from icl_markup.chat import ChatFrame
 from icl_markup.episodes import Episode, Query
 from icl_markup.errors import ExportError, PromptError
 from icl_markup.fingerprint import Fingerprint
@@ -42,6 +43,7 @@ class Exported:
         kind: the kind of backbone.
         placement: the tags' tokens and ids.
         markup: composes prompts in the ids of the folder's vocabulary.
+        chat: what stands around a prompt in a chat, or None.
         details: everything that `SIDECAR` says.
     """
 
@@ -50,6 +52,7 @@ class Exported:
     kind: Kind
     placement: Placement
     markup: Markup
+    chat: ChatFrame | None
     details: Mapping[str, Any]
 
     @classmethod
@@ -66,10 +69,12 @@ class Exported:
             placement = Placement.from_json(details["tags"], int(details["first_id"]))
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, use_fast=True)
             kind, answers = details["kind"], details["answers"]
-            markup = markup_for(template, tokenizer, kind, placement, answers, int(details["max_length"]))
+            chat = read_chat(details)
+            length = int(details["max_length"])
+            markup = markup_for(template, tokenizer, kind, placement, answers, length, chat)
         except (KeyError, TypeError, ValueError, OSError) as error:
             raise ExportError(f"{folder / SIDECAR}: damaged: {type(error).__name__} {error}") from error
-        return cls(folder, tokenizer, kind, placement, markup, details)
+        return cls(folder, tokenizer, kind, placement, markup, chat, details)
 
     def prompts(self, episode: Episode, texts: Iterable[str] = ()) -> list[Prompt]:
         """Compose one prompt a query; ids are those of the folder's vocabulary.
@@ -87,13 +92,13 @@ class Exported:
     def text(self, prompt: Prompt) -> str:
         """Return a prompt as text which the folder's tokenizer encodes to exactly the prompt's ids.
 
-        Special tokens that the tokenizer itself puts around a text are left out.
+        Special tokens that the tokenizer itself puts around a text are left out; those of a chat are written.
 
         Raises:
             PromptError: no text does, so the prompt has to be given as ids: texts meet inside a token of this
                 tokenizer, or a user's text spells a tag or a special token.
         """
-        return prompt_text(prompt, self.placement, self.markup.encoder)
+        return prompt_text(prompt, self.placement, self.markup, self.chat)
 
 
 def markup_for(
@@ -103,14 +108,43 @@ def markup_for(
     placement: Placement,
     answers: Answers,
     max_length: int,
+    chat: ChatFrame | None = None,
 ) -> Markup:
     """Return a composer whose prompts hold the ids of an exported vocabulary."""
-    layout = Layout.of(tokenizer, kind)
-    return Markup(template, TextEncoder(tokenizer), layout, placement, answers=answers, max_length=max_length)
+    encoder, layout = TextEncoder(tokenizer), Layout.of(tokenizer, kind)
+    if chat:
+        layout = chat.layout(tokenizer, encoder, layout)
+    return Markup(template, encoder, layout, placement, answers=answers, max_length=max_length)
 
 
-def prompt_text(prompt: Prompt, placement: Placement, encoder: TextEncoder) -> str:
+def prompt_text(prompt: Prompt, placement: Placement, markup: Markup, chat: ChatFrame | None) -> str:
     """Return a prompt as text; see `Exported.text`."""
+    tokenizer = markup.encoder.tokenizer
+    before, after = _frame(markup.layout, chat)
+    inner = _inner_text(prompt, placement, markup.encoder, after)
+    # A tokenizer that begins every text with a token itself must not be given the template's.
+    for opening in dict.fromkeys((before, before.removeprefix(str(tokenizer.bos_token)))):
+        if list(tokenizer(opening + inner)["input_ids"]) == list(prompt.ids):
+            return opening + inner
+    raise PromptError(
+        "no text is encoded to the ids of this prompt: texts meet inside a token of the tokenizer, or one spells "
+        "a tag or a special token; give the engine the prompt's token ids"
+    )
+
+
+def _frame(layout: Layout, chat: ChatFrame | None) -> tuple[str, str]:
+    """Return what is written before and after a prompt, without spaces that are written with what they stand before."""
+    if chat is None:
+        return "", ""
+    before = chat.before + chat.system + chat.between
+    return (
+        before.removesuffix(" ") if layout.space else before,
+        chat.after.removesuffix(" ") if layout.answer_spaced else chat.after,
+    )
+
+
+def _inner_text(prompt: Prompt, placement: Placement, encoder: TextEncoder, after: str) -> str:
+    """Return a prompt without its first special tokens as text; the last are `after`."""
     written = {ids: placement.text(name) for name, ids in placement.token_ids.items()}
     anchor = encoder.encode(_ANCHOR)
     parts: list[str] = []
@@ -122,24 +156,19 @@ def prompt_text(prompt: Prompt, placement: Placement, encoder: TextEncoder) -> s
             parts.append(encoder.decode([*anchor, *run]).removeprefix(encoder.decode(anchor)))
             run.clear()
 
-    for piece in prompt.pieces:
+    for place, piece in enumerate(prompt.pieces):
         if piece.kind in ("tag", "special", "slot"):
             finish_run()
         if piece.kind == "tag":
             parts.append(written[piece.ids])
         elif piece.kind == "slot":
             parts.append(str(encoder.tokenizer.mask_token))
-        elif piece.kind != "special":
+        elif piece.kind == "special":
+            parts.append(after if place else "")
+        else:
             run.extend(piece.ids)
     finish_run()
-    text = "".join(parts)
-    found = encoder.tokenizer(text)["input_ids"]
-    if list(found) != list(prompt.ids):
-        raise PromptError(
-            "no text is encoded to the ids of this prompt: texts meet inside a token of the tokenizer, or one spells "
-            "a tag or a special token; give the engine the prompt's token ids"
-        )
-    return text
+    return "".join(parts)
 
 
 def sidecar(model: MarkupModel, placement: Placement, what: str, **more: Any) -> bytes:
@@ -153,6 +182,7 @@ def sidecar(model: MarkupModel, placement: Placement, what: str, **more: Any) ->
         "tags": placement.to_json(model.template.tags),
         "first_id": placement.first_id,
         "template": {"name": Path(model.template.name).stem, "source": model.template.source},
+        "chat": model.chat and model.chat.to_json(),
         "answers": model.answers,
         "length_normalised": model.length_normalised,
         "max_length": backbone.max_length,
@@ -181,6 +211,15 @@ def read_sidecar(folder: Path) -> dict[str, Any]:
     return details
 
 
+def read_chat(details: Mapping[str, Any]) -> ChatFrame | None:
+    """Return the chat that the content of `SIDECAR` tells of.
+
+    Raises:
+        KeyError, TypeError: it is damaged.
+    """
+    return None if details.get("chat") is None else ChatFrame.from_json(details["chat"])
+
+
 def check_target(folder: Path) -> None:
     """Check that `folder` may be written: it is new, empty, or an earlier export.
 
@@ -191,23 +230,3 @@ def check_target(folder: Path) -> None:
         raise ExportError(f"{folder}: is a file; give a folder")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / SIDECAR).exists():
         raise ExportError(f"{folder}: holds other files and no export; choose an empty or a new folder")
-
-
-def check_exportable(model: MarkupModel) -> None:
-    """Check that a model can be written as a plain transformers model or adapter.
-
-    Raises:
-        ExportError: it has no tags, its lower layers read a prompt part by part, or its weights are quantised.
-    """
-    if model.table is None:
-        raise ExportError(f"template {model.template.name!r} has no tags to export")
-    if model.backbone.local_layers:
-        raise ExportError(
-            f"backbone {model.backbone.name!r} reads prompts part by part in its lower layers (icl_markup.local_layers "
-            "in its config.json); no plain transformers model does that, and answers would differ: serve it with "
-            "icl-markup serve, or warm tags up on another backbone"
-        )
-    if getattr(model.backbone.model, "is_quantized", False):
-        raise ExportError(
-            f"backbone {model.backbone.name!r} is quantised; load it in its original type, export it, and quantise that"
-        )

@@ -18,9 +18,9 @@ from torch import Tensor
 from icl_markup.backbone import Backbone
 from icl_markup.errors import ExportError, PromptError
 from icl_markup.export_peft import DELTA
-from icl_markup.exported import SIDECAR, read_sidecar
+from icl_markup.exportable import embedding_scale
+from icl_markup.exported import SIDECAR, read_chat, read_sidecar
 from icl_markup.fingerprint import Fingerprint
-from icl_markup.merging import embedding_scale
 from icl_markup.model import MarkupModel
 from icl_markup.template import Template
 
@@ -58,10 +58,11 @@ def import_peft(
                 raise ExportError(
                     f"{folder}: these tags were made for another backbone than {backbone.name!r}: {difference}"
                 )
+            options["chat"] = read_chat(details)
             names = names or {str(tag["name"]): [int(i) for i in tag["ids"]] for tag in details["tags"]}
             if template is None:
                 template = Template.parse(str(details["template"]["source"]), str(details["template"]["name"]))
-                options = {"answers": details["answers"], "length_normalised": bool(details["length_normalised"])}
+                options |= {"answers": details["answers"], "length_normalised": bool(details["length_normalised"])}
     except (KeyError, TypeError, AttributeError) as error:
         raise ExportError(f"{folder / SIDECAR}: damaged: {type(error).__name__} {error}") from error
     if template is None:

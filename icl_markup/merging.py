@@ -3,10 +3,10 @@
 The frozen weights are shared with the original, not copied: only the embedding, the head and its bias are new.
 
 A tag must never be generated, so its row of the head has to lose whatever the hidden state. Where the head has a bias,
-the tag's is `NEVER`. Where it has none, the row is the mean of all other rows: its logit is then the mean of the other
-logits, which cannot exceed the largest, and its probability is at most one in the size of the vocabulary (the
-exponential of a mean is at most the mean of the exponentials). A row of zeros, in contrast, wins wherever all
-logits are negative. A head that is tied to the embedding and has no bias is untied for this.
+or a BART adds one after it, the tag's is `NEVER`. Where there is none, the row is the mean of all other rows: its logit
+is then the mean of the other logits, which cannot exceed the largest, and its probability is at most one in the size of
+the vocabulary (the exponential of a mean is at most the mean of the exponentials). A row of zeros, in contrast, wins
+wherever all logits are negative. A head that is tied to the embedding and has no bias is untied for this.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from icl_markup.backbone import Backbone
 from icl_markup.errors import ExportError
+from icl_markup.exportable import embedding_scale
 
 NEVER = -1e4
 """The bias of a tag in a head that has one; the probability is zero in every type of number."""
@@ -45,18 +46,23 @@ def with_rows(backbone: Backbone, ids: Sequence[int], rows: Tensor | None) -> Pr
     if rows is not None:
         new_table[list(ids)] = (rows.to(table.device) / embedding_scale(backbone)).to(table.dtype)
     bias = getattr(head, "bias", None)
+    after = getattr(model, "final_logits_bias", None)  # BART's kind adds it to what the head says, (1, rows)
+    biased = bias is not None or after is not None
     tied = head.weight.data_ptr() == table.data_ptr()
-    new_head = new_table if tied and bias is not None else _resized(head.weight, size, ids)
+    new_head = new_table if tied and biased else _resized(head.weight, size, ids)
     new_bias = None
     if bias is not None:
         new_bias = _resized(bias, size, ids)
         new_bias[list(ids)] = NEVER
-    untied = not tied or bias is None
+    untied = not tied or not biased
     head_keys = {f"{name}.weight" for name, module in model.named_modules() if module is head}
     state: dict[str, Tensor] = {}
     for key, value in model.state_dict().items():
         if key in head_keys:
             state[key] = new_head
+        elif key == "final_logits_bias":
+            state[key] = _resized(value[0], size, ids)[None]
+            state[key][0, list(ids)] = NEVER
         elif value.data_ptr() == table.data_ptr():
             state[key] = new_table
         elif bias is not None and new_bias is not None and value.data_ptr() == bias.data_ptr():
@@ -69,11 +75,6 @@ def with_rows(backbone: Backbone, ids: Sequence[int], rows: Tensor | None) -> Pr
 def embedding_weight(backbone: Backbone) -> Tensor:
     """Return the input embedding's table, (rows, embedding width)."""
     return next(backbone.embedding.parameters()).detach()
-
-
-def embedding_scale(backbone: Backbone) -> float:
-    """Return by what the embedding multiplies its table's rows (Gemma does; others by 1)."""
-    return float(getattr(backbone.embedding, "embed_scale", 1.0))
 
 
 def _resized(weight: Tensor, size: int, ids: Sequence[int]) -> Tensor:

@@ -360,6 +360,7 @@ class SlotScores:
 
 
 def _table(backbone: Backbone, tags: Sequence[Tag], initialisation: Initialisation, seed: int) -> TagTable:
+    backbone.check_lookups()
     rows = initial_rows(
         tags, backbone.embedding, backbone.vocabulary, backbone.encoder.encode, method=initialisation, seed=seed
     )
