@@ -13,7 +13,8 @@ from tqdm import tqdm
 from icl_markup.classifier import MarkupClassifier
 from icl_markup.classifier_file import check_place
 from icl_markup.errors import ConfigError, TaskError
-from icl_markup.readers import TaskSource, example_of, read_task, rows_of
+from icl_markup.readers import TaskSource, example_of, read_task
+from icl_markup.rows import rows_of
 from icl_markup.serving import chat_of
 from icl_markup.tasks import NONE_OF_THE_ABOVE, Example, TaskChecks
 
