@@ -11,17 +11,24 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import icl_markup.mapped as mapped
 import icl_markup.store as store
+from icl_markup.backbone import Backbone
+from icl_markup.classifier import MarkupClassifier
 from icl_markup.drawing import draw, vary
-from icl_markup.episodes import EpisodeConfig, EpisodeSampler, Remaining
+from icl_markup.episodes import Demo, Episode, EpisodeConfig, EpisodeSampler, Option, Query, Remaining
 from icl_markup.errors import TaskError
 from icl_markup.experiment_config import Setting
+from icl_markup.markup import SHORTEST_DEMO, _common_cap, _drop_order
+from icl_markup.model import MarkupModel
 from icl_markup.readers import TaskSource, read_task
 from icl_markup.tasks import Example, HeldExamples, Task, TaskChecks
+from tests.conftest import byte_level_tokenizer, tiny_backbone
 
 CONFIGS: list[dict[str, Any]] = [
     {},
@@ -242,3 +249,93 @@ def test_neighbours_of_a_label_are_those_of_the_whole_matrix() -> None:
     order = np.argsort(-(matrix @ matrix.T).toarray(), axis=1, kind="stable")
     for i in range(300):
         assert list(pool.neighbours.of(i)) == [task.labels[j] for j in order[i] if j != i]
+
+
+def test_a_task_of_ten_thousand_labels_is_drawn_from_and_a_classifier_knows_them_all() -> None:
+    task = many_labels(10_000)
+    config = EpisodeConfig(n_way=(2, 8), k_shot=(0, 1), none_option=0.5, out_of_scope=0.5, hard_options=0.5)
+    sampler = EpisodeSampler([task], config)
+    for i in range(100):
+        episode = sampler.episode(i, 0)
+        names = [option.name for option in episode.options]
+        assert all(demo.text.endswith(f"of {names[demo.answer]}") for demo in episode.demos)
+    [whole] = [EpisodeSampler([task], replace(config, n_way=None, none_option=0.0)).episode(0, 0)]
+    assert {option.name for option in whole.options} == set(task.labels)
+    examples = task.split("train")
+    classifier = MarkupClassifier(MarkupModel(tiny_backbone("llama")), retriever=_same_number)
+    classifier.fit([examples[i].text for i in range(0, 3000, 3)], [examples[i].label for i in range(0, 3000, 3)],
+                   classes=task.labels)  # fmt: skip
+    asked = [examples[i].text for i in (1, 3001, 29_998)]
+    assert classifier.predict_proba(asked).shape == (3, 10_000)
+    assert classifier.retriever_recall(asked, [examples[i].label for i in (1, 3001, 29_998)]) == 1
+
+
+def _same_number(queries: Any, texts: Any) -> Any:
+    """A retriever by the number at the end of a label's name."""
+    number = np.array([int(text.rsplit(" ", 1)[1]) for text in texts])
+    return np.stack([(number == int(query.rsplit(" ", 1)[1])).astype(float) for query in queries])
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(answers=st.lists(st.integers(0, 4), max_size=14))
+def test_demonstrations_are_dropped_from_the_end_of_the_label_that_has_most(answers: list[int]) -> None:
+    kept, order = list(range(len(answers))), []
+    while kept:
+        most = max([answers[i] for i in kept].count(answer) for answer in answers)
+        order.append(next(i for i in reversed(kept) if [answers[k] for k in kept].count(answers[i]) == most))
+        kept.remove(order[-1])
+    assert _drop_order([Demo("a", answer) for answer in answers]) == order
+
+
+@pytest.mark.parametrize("limit", [60, 75, 90, 120, 160, 400])
+def test_no_more_demonstrations_are_dropped_than_must_be(limit: int) -> None:
+    markup = MarkupModel(tiny_backbone("llama")).markup
+    rng = random.Random(limit)
+    for _ in range(20):
+        demos = tuple(Demo("card " * rng.randint(1, 12), rng.randrange(3)) for _ in range(rng.randint(0, 12)))
+        episode = Episode((Option("a"), Option("b"), Option("c")), demos, (Query("where?"),))
+        markup.max_length = 10_000
+        whole = markup.compose(episode)
+        bare = len(markup.compose(replace(episode, demos=())).ids)
+        alone = [len(markup.compose(replace(episode, demos=(demo,))).ids) - bare for demo in demos]
+        lengths = [len(markup._text_ids(demo.text)) for demo in demos]
+        markup.max_length = limit
+        found = markup.compose(episode)
+        assert len(found.ids) <= limit
+        if len(whole.ids) <= limit:
+            assert found == whole
+            continue
+        for dropped in range(len(demos) + 1):
+            kept = sorted(_drop_order(demos)[dropped:])
+            room = limit - bare - sum(alone[i] - lengths[i] for i in kept)
+            cap = _common_cap([lengths[i] for i in kept], room)
+            if cap is not None and cap >= min(SHORTEST_DEMO, max((lengths[i] for i in kept), default=0)):
+                break
+        assert (found.dropped, found.shortened) == (dropped, sum(lengths[i] > cap for i in kept))
+
+
+def test_a_prompt_of_32_000_tokens_is_composed_trained_on_and_answered() -> None:
+    tokenizer = byte_level_tokenizer(mask=False)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1,
+        max_position_embeddings=40_000, bos_token_id=0, eos_token_id=2, pad_token_id=1,
+    )  # fmt: skip
+    model = MarkupModel(Backbone(transformers.LlamaForCausalLM(config), tokenizer, "causal", max_length=33_000))
+    demos = tuple(Demo(f"{i} my card was stolen and nobody answers my letters", i % 4) for i in range(2500))
+    options = tuple(Option(name) for name in ("card", "hours", "rain", "cold"))
+    episode = Episode(options, demos, (Query("where is my card", 0), Query("will it rain", 2)))
+    first, second = model.markup.compose_each(episode)
+    assert 32_000 < len(first.ids) <= 33_000
+    assert first.dropped > 0
+    assert model.table is not None
+    model.table.rows.requires_grad_(True)
+    terms = model.loss_terms([first], [replace(episode, queries=episode.queries[:1])], True)
+    torch.nn.functional.cross_entropy(terms.scores, terms.targets).backward()
+    assert model.table.rows.grad is not None
+    assert model.table.rows.grad.abs().sum() > 0
+    found = model.scores([episode])[0]
+    for prompt, query, one in zip((first, second), episode.queries, found, strict=True):
+        with torch.no_grad():
+            alone = model.loss_terms([prompt], [replace(episode, queries=(query,))], False).scores[0]
+        torch.testing.assert_close(one.scores, alone, atol=1e-3, rtol=1e-3)
