@@ -4,8 +4,8 @@
     python scripts/bench_large.py results/bench/large.jsonl read --rows 10000000 --folder /tmp/large
 
 Each part is a process of its own and appends its rows. `write` makes a file (not measured); `read` reads it into a
-store; `draw` opens the store, draws episodes and composes them; `predict` answers texts of the file; `labels` and `prompts`
-need no file. The folder also takes the cache of `datasets`, and may be deleted afterwards.
+store; `draw` opens the store, draws episodes and composes them; `predict` answers texts of the file; `labels` and
+`prompts` need no file. The folder also takes the cache of `datasets`, and may be deleted afterwards.
 
 `seconds` and `a_second` say what the part's name says. Memory, in MiB, is the process's largest resident set while the
 part ran: `anonymous` without pages of mapped files, `resident` with them; those are the system's to take back. `before`
