@@ -15,7 +15,6 @@ is the first when the part began: libraries and the model.
 from __future__ import annotations
 
 import argparse
-import random
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -43,8 +42,11 @@ CONFIG = EpisodeConfig(n_way=(2, 8), k_shot=(0, 2), none_option=0.3, out_of_scop
 
 def text_of(number: int) -> str:
     """Return the text of a row; no two rows have the same."""
-    rng = random.Random(number)
-    return f"{' '.join(rng.choices(WORDS, k=7))} {number}"
+    words, rest = [], number * 2654435761 % 2**32  # Knuth's multiplicative hash
+    for _ in range(7):
+        words.append(WORDS[rest % len(WORDS)])
+        rest //= len(WORDS)
+    return f"{' '.join(words)} {number}"
 
 
 class Memory:
