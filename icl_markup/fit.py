@@ -87,7 +87,7 @@ def _examples(args: argparse.Namespace) -> tuple[list[Example], list[Example], d
     )
     task = read_task(source)
     first = next(iter(task.splits))
-    usable = [e for e in task.split(first) if e.label != task.oos_label]
+    usable = (e for e in task.split(first) if e.label != task.oos_label)
     held = [
         e._replace(label=NONE_OF_THE_ABOVE) if e.label == task.oos_label else e
         for e in (task.split("validation") if "validation" in task.splits and first != "validation" else [])
@@ -117,7 +117,7 @@ def _labelled(row: Mapping[str, Any], place: str, source: TaskSource) -> Example
     return example._replace(label=str(label).strip())
 
 
-def _first(examples: Iterator[Example] | list[Example], shots: int | None) -> Iterator[Example]:
+def _first(examples: Iterator[Example], shots: int | None) -> Iterator[Example]:
     """Yield the first so many examples of each label, each text once."""
     counts: Counter[str] = Counter()
     seen: set[tuple[str, str]] = set()
