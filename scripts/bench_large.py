@@ -144,7 +144,7 @@ def predict(folder: Path, rows: int) -> list[dict[str, Any]]:
 
 
 def labels(_folder: Path, count: int) -> list[dict[str, Any]]:
-    """Draw from a task of so many labels, warm tags up on it, fit a classifier, and ask it."""
+    """Draw from a task of so many labels and compose, fit a classifier, and ask it."""
     names = [f"{WORDS[i % 20]} {WORDS[i // 20 % 20]} {WORDS[i // 400 % 20]} {i}" for i in range(count)]
     examples = HeldExamples(
         Example(f"{text_of(i * 3 + j)} {name}", name) for i, name in enumerate(names) for j in range(3)
