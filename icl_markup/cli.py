@@ -115,8 +115,8 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--classifier", help="a classifier's folder, made by fit; brings everything along")
     _add_model(predict)
     _add_episode(predict)
-    predict.add_argument("--file", help="a text a line, or .jsonl, .csv, .tsv; - or nothing: standard input")
-    predict.add_argument("--text-column", default="text", help="where a .jsonl, .csv or .tsv file has its texts")
+    predict.add_argument("--file", help="a text a line, or .jsonl, .csv, .tsv, .parquet; - or nothing: standard input")
+    predict.add_argument("--text-column", default="text", help="where a file of rows has its texts")
     predict.add_argument("--out", help="a JSONL file; if it exists, answers go on after its last one")
     predict.add_argument("--top", type=int, help="give the probabilities of so many labels")
     predict.add_argument("--keep-errors", action="store_true", help="write a text's error and go on; exit code 1")
@@ -169,7 +169,7 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_fit(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("examples", help="a .jsonl, .csv or .tsv file, or a task folder, with texts and labels")
+    parser.add_argument("examples", help="a .jsonl, .csv, .tsv or .parquet file, or a task folder: texts and labels")
     parser.add_argument("--out", required=True, help="the folder to write; an existing classifier is replaced")
     _add_tags(parser, "a folder of warmed-up tags, or their hub name (default: untrained ones)")
     parser.add_argument("--backbone", help="a transformers folder or hub name (default: the tags', or embedded)")

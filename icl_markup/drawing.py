@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 
-from icl_markup.episodes import Demo, Episode, EpisodeConfig, EpisodeSampler, Option, Query
+from icl_markup.episodes import Demo, Episode, EpisodeConfig, EpisodeSampler, Option, Query, Remaining, places
 from icl_markup.errors import TaskError
 from icl_markup.experiment_config import Setting
 from icl_markup.tasks import NONE_OF_THE_ABOVE, Task
@@ -48,14 +48,15 @@ def _answerable(episode: Episode) -> Episode:
 
 def _full(task: Task, setting: Setting, queries: int, rng: random.Random, split: str) -> Episode:
     """Draw one episode over every label: at most K demonstrations a label, queries as the split mixes them."""
-    by_label = task.by_label("train")
+    by_label = task.distinct("train")
     labels = [label for label in task.labels if by_label.get(label)]
     if len(labels) < 2:
         raise TaskError(f"task {task.name!r} has fewer than two labels with a demonstration in split 'train'")
     demos = []
     for answer, label in enumerate(labels):
-        texts = list(dict.fromkeys(by_label[label]))
-        demos += [Demo(text, answer) for text in rng.sample(texts, min(setting.k_shot, len(texts)))]
+        texts = by_label[label]
+        places = rng.sample(range(len(texts)), min(setting.k_shot, len(texts)))
+        demos += [Demo(texts[place], answer) for place in places]
     shown = {demo.text for demo in demos}
     index = {label: i for i, label in enumerate(labels)}
     none = len(labels)
@@ -95,13 +96,14 @@ def vary(episode: Episode, setting: Setting, variation: int, task: Task, seed: i
     if setting.vary == "option order":
         return reorder(episode, rng.sample(range(len(episode.options)), len(episode.options)))
     if setting.vary == "drawn demos":
-        by_label = task.by_label("train")
+        by_label = task.distinct("train")
         asked = {query.text for query in episode.queries}
         demos: list[Demo] = []
         for demo in episode.demos:
             used = asked | {d.text for d in demos}
-            texts = [t for t in dict.fromkeys(by_label[episode.options[demo.answer].name]) if t not in used]
-            demos.append(Demo(rng.choice(texts), demo.answer) if texts else demo)
+            texts = by_label[episode.options[demo.answer].name]
+            others = Remaining(len(texts), places(texts, used))
+            demos.append(Demo(texts[rng.choice(others)], demo.answer) if len(others) else demo)
         return replace(episode, demos=tuple(demos))
     return episode
 

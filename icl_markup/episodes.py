@@ -9,15 +9,22 @@ processes, and whether or not a run was interrupted.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from icl_markup.errors import TaskError, nearest
-from icl_markup.tasks import NONE_OF_THE_ABOVE, Task
+from icl_markup.tasks import NONE_OF_THE_ABOVE, Task, Texts
+
+_MOST_ROWS = 512
+"""The most labels whose neighbours are kept in memory; in a task of 10,000 labels they take 20 MB."""
 
 
 class Option(NamedTuple):
@@ -136,8 +143,45 @@ def _check_ranges(config: EpisodeConfig) -> None:
             raise TaskError(f"{name}: {getattr(config, name)} is no probability between 0 and 1")
 
 
-def _distinct(texts: dict[str, list[str]]) -> dict[str, list[str]]:
-    return {label: list(dict.fromkeys(of_label)) for label, of_label in texts.items()}
+class Remaining:
+    """The whole numbers below `count` without some of them, in order; only those that are gone are held in memory.
+
+    Args:
+        count: how many there were.
+        gone: those that are left out.
+    """
+
+    def __init__(self, count: int, gone: Iterable[int]):
+        self._count = count
+        # The i-th that is gone has so many before it that remain; numbers of more than these lie behind it.
+        self._before = [place - i for i, place in enumerate(sorted(set(gone)))]
+
+    def __len__(self) -> int:
+        return self._count - len(self._before)
+
+    def __getitem__(self, index: int) -> int:
+        return index + bisect_right(self._before, index)
+
+
+class _Neighbours:
+    """For each label the other ones, nearest name first (cosine of character n-grams of name and description)."""
+
+    def __init__(self, task: Task):
+        words = [f"{label} {task.descriptions.get(label, '')}" for label in task.labels]
+        self._labels = task.labels
+        self._matrix = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 4)).fit_transform(words)
+        self._transposed = self._matrix.T.tocsr()
+        self._kept: dict[int, NDArray[np.intp]] = {}
+
+    def of(self, label: int) -> Iterator[str]:
+        """Yield the neighbours of the label at a place of the task's labels."""
+        # A row at a time: all of them together grow with the square of the number of labels.
+        if label not in self._kept:
+            if len(self._kept) == _MOST_ROWS:
+                del self._kept[next(iter(self._kept))]
+            similarity = (self._matrix[label] @ self._transposed).toarray()[0]
+            self._kept[label] = (-similarity).argsort(kind="stable").astype(np.int32)
+        return (self._labels[j] for j in self._kept[label] if j != label)
 
 
 class _Pool:
@@ -147,35 +191,31 @@ class _Pool:
         self.task = task
         self.config = config
         self.shared = config.demo_split == config.query_split
-        self.demos = _distinct(task.by_label(config.demo_split))
-        self.queries = _distinct(task.by_label(config.query_split))
+        self.demos = task.distinct(config.demo_split)
+        self.queries = self.demos if self.shared else task.distinct(config.query_split)
+        self.place = {label: i for i, label in enumerate(task.labels)}
+        self.asked = [i for i, label in enumerate(task.labels) if self.queries.get(label)]
         self.oos = task.out_of_scope(config.query_split)
-        self._eligible: dict[int, list[str]] = {}
+        self._eligible: dict[int, dict[str, None]] = {}
         if len(self.eligible(config.k_shot[0])) < 2:
             raise TaskError(
                 f"task {task.name!r} has fewer than two labels with {config.k_shot[0]} demonstrations in split "
                 f"{config.demo_split!r} and a query in {config.query_split!r}; lower k_shot or add examples"
             )
 
-    def eligible(self, shots: int) -> list[str]:
-        """Return the labels that have `shots` demonstrations and a query besides."""
+    def eligible(self, shots: int) -> dict[str, None]:
+        """Return the labels that have `shots` demonstrations and a query besides, as keys in their order."""
         if shots not in self._eligible:
-            self._eligible[shots] = [
+            self._eligible[shots] = dict.fromkeys(
                 label
                 for label in self.task.labels
                 if len(self.demos.get(label, ())) >= shots + self.shared and self.queries.get(label)
-            ]
+            )
         return self._eligible[shots]
 
     @cached_property
-    def neighbours(self) -> Mapping[str, list[str]]:
-        """Each label's other labels, nearest name first (cosine of character n-grams of name and description)."""
-        labels = self.task.labels
-        words = [f"{label} {self.task.descriptions.get(label, '')}" for label in labels]
-        matrix = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 4)).fit_transform(words)
-        similarity = (matrix @ matrix.T).toarray()
-        order = (-similarity).argsort(axis=1, kind="stable")
-        return {label: [labels[j] for j in order[i] if j != i] for i, label in enumerate(labels)}
+    def neighbours(self) -> _Neighbours:
+        return _Neighbours(self.task)
 
     def draw(self, rng: random.Random) -> Episode:
         config = self.config
@@ -188,8 +228,12 @@ class _Pool:
         labels = self._draw_labels(rng, wanted, shots)
         open_world = rng.random() < config.none_option
         index = {label: i for i, label in enumerate(labels)}
-        drawn = {label: rng.sample(self.demos[label], shots) for label in labels if shots}
-        demos = [Demo(text, index[label]) for label, texts in drawn.items() for text in texts]
+        demos = [
+            Demo(self.demos[label][place], index[label])
+            for label in labels
+            if shots
+            for place in rng.sample(range(len(self.demos[label])), shots)
+        ]
         rng.shuffle(demos)
         shown = {demo.text for demo in demos}
         queries: list[Query] = []
@@ -204,27 +248,34 @@ class _Pool:
         eligible = self.eligible(shots)
         count = min(wanted, len(eligible))
         if rng.random() < self.config.hard_options and count < len(eligible):
-            centre = rng.choice(eligible)
-            allowed = set(eligible)
-            near = [label for label in self.neighbours[centre] if label in allowed]
-            labels = [centre, *near[: count - 1]]
+            centre = rng.choice(tuple(eligible))
+            near = (label for label in self.neighbours.of(self.place[centre]) if label in eligible)
+            labels = [centre, *islice(near, count - 1)]
             rng.shuffle(labels)
             return labels
-        return rng.sample(eligible, count)
+        return rng.sample(tuple(eligible), count)
 
     def _draw_query(
         self, rng: random.Random, labels: list[str], open_world: bool, shown: set[str], asked: set[str]
     ) -> Query:
         if open_world and rng.random() < self.config.out_of_scope:
-            others = [label for label in self.task.labels if label not in labels and self.queries.get(label)]
+            offered = {self.place[label] for label in labels}
+            others = Remaining(len(self.asked), (bisect_left(self.asked, place) for place in offered))
             # Out-of-scope texts and texts of labels that are not offered are equally good "none of the above".
             if self.oos and (not others or rng.random() < 0.5):
                 return Query(rng.choice(self.oos), len(labels))
             if others:
-                return Query(rng.choice(self.queries[rng.choice(others)]), len(labels))
+                label = self.task.labels[self.asked[rng.choice(others)]]
+                return Query(rng.choice(self.queries[label]), len(labels))
         answer = rng.randrange(len(labels))
         texts = self.queries[labels[answer]]
         # A demonstration is never asked; a query is asked twice only where there is no other.
-        unseen = [text for text in texts if text not in shown] if shown else texts
-        fresh = [text for text in unseen if text not in asked] if asked else unseen
-        return Query(rng.choice(fresh or unseen or texts), answer)
+        unseen = Remaining(len(texts), places(texts, shown))
+        fresh = Remaining(len(texts), places(texts, shown | asked)) if asked else unseen
+        remaining = next((left for left in (fresh, unseen) if len(left)), range(len(texts)))
+        return Query(texts[rng.choice(remaining)], answer)
+
+
+def places(texts: Texts, among: set[str]) -> Iterator[int]:
+    """Yield where in a label's texts some texts stand; of others there is nothing to say."""
+    return (place for place in map(texts.find, among) if place is not None)

@@ -211,5 +211,9 @@ def _measured_as(setting: Setting) -> dict[str, Any]:
 def _digest(task: Task) -> str:
     digest = hashlib.sha256(repr((task.name, task.labels, sorted(task.descriptions.items()))).encode())
     for split in sorted(task.splits):
-        digest.update(repr([(e.text, e.label) for e in task.splits[split]]).encode())
+        # As the list of all pairs is written, without holding it.
+        digest.update(b"[")
+        for i, example in enumerate(task.splits[split]):
+            digest.update(f"{', ' if i else ''}{(example.text, example.label)!r}".encode())
+        digest.update(b"]")
     return digest.hexdigest()[:16]

@@ -13,7 +13,8 @@ from tqdm import tqdm
 from icl_markup.classifier import MarkupClassifier
 from icl_markup.classifier_file import check_place
 from icl_markup.errors import ConfigError, TaskError
-from icl_markup.readers import TaskSource, example_of, read_task, rows_of
+from icl_markup.readers import TaskSource, example_of, read_task
+from icl_markup.rows import rows_of
 from icl_markup.serving import chat_of
 from icl_markup.tasks import NONE_OF_THE_ABOVE, Example, TaskChecks
 
@@ -86,7 +87,7 @@ def _examples(args: argparse.Namespace) -> tuple[list[Example], list[Example], d
     )
     task = read_task(source)
     first = next(iter(task.splits))
-    usable = [e for e in task.split(first) if e.label != task.oos_label]
+    usable = (e for e in task.split(first) if e.label != task.oos_label)
     held = [
         e._replace(label=NONE_OF_THE_ABOVE) if e.label == task.oos_label else e
         for e in (task.split("validation") if "validation" in task.splits and first != "validation" else [])
@@ -116,7 +117,7 @@ def _labelled(row: Mapping[str, Any], place: str, source: TaskSource) -> Example
     return example._replace(label=str(label).strip())
 
 
-def _first(examples: Iterator[Example] | list[Example], shots: int | None) -> Iterator[Example]:
+def _first(examples: Iterator[Example], shots: int | None) -> Iterator[Example]:
     """Yield the first so many examples of each label, each text once."""
     counts: Counter[str] = Counter()
     seen: set[tuple[str, str]] = set()

@@ -6,11 +6,13 @@ become a tag, a mask or a slot, whatever it contains.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import replace
 from functools import lru_cache
+from heapq import heapify, heappop, heapreplace
 from typing import Any, Literal, Protocol
 
 from icl_markup.answers import OptionSymbols
@@ -114,20 +116,25 @@ class Markup:
             return prompt
         texts = [self._text_ids(demo.text) for demo in episode.demos]
         fixed = len(prompt.ids) - sum(map(len, texts))
-        overhead = self._demo_overhead(episode)
-        kept = list(range(len(texts)))
-        while True:
-            room = limit - fixed + sum(overhead[i] for i in range(len(texts)) if i not in kept)
-            cap = _common_cap([len(texts[i]) for i in kept], room)
-            longest = max((len(texts[i]) for i in kept), default=0)
-            if cap is not None and cap >= min(SHORTEST_DEMO, longest):
-                break
-            if not kept:
-                raise PromptError(
-                    f"the prompt needs {len(prompt.ids) - sum(overhead) - sum(map(len, texts))} tokens without any "
-                    f"demonstration, but the limit is {limit}; offer fewer options or shorten the text"
-                )
-            kept.remove(_next_to_drop(episode, kept))
+        overhead = _demo_overhead(prompt, len(episode.options), [len(ids) for ids in texts])
+        order = _drop_order(episode.demos)
+
+        def cap_without(dropped: int) -> int | None:
+            """Return the length that demonstrations are cut to where so many are dropped, None where that won't do."""
+            room = limit - fixed + sum(overhead[i] for i in order[:dropped])
+            lengths = [len(texts[i]) for i in order[dropped:]]
+            cap = _common_cap(lengths, room)
+            return None if cap is None or cap < min(SHORTEST_DEMO, max(lengths, default=0)) else cap
+
+        # With one more dropped, the others have more room: as few are dropped as possible, found by halving.
+        fewest = bisect_left(range(len(order)), True, key=lambda dropped: cap_without(dropped) is not None)
+        cap = cap_without(fewest)
+        if cap is None:
+            raise PromptError(
+                f"the prompt needs {len(prompt.ids) - sum(overhead) - sum(map(len, texts))} tokens without any "
+                f"demonstration, but the limit is {limit}; offer fewer options or shorten the text"
+            )
+        kept = sorted(order[fewest:])
         shorter = replace(episode, demos=tuple(episode.demos[i] for i in kept))
         caps: list[int | None] = [cap if len(texts[i]) > cap else None for i in kept]
         return replace(
@@ -204,15 +211,6 @@ class Markup:
         """Encode a demonstration's text as the template writes it, with a space before it or without."""
         return self._encode(f" {text.strip()}" if self._spaced_text else text.strip())
 
-    def _demo_overhead(self, episode: Episode) -> list[int]:
-        """Return how many tokens each demonstration takes besides its text."""
-        bare = len(self._assemble(replace(episode, demos=()), []).ids)
-        overhead = []
-        for demo in episode.demos:
-            alone = len(self._assemble(replace(episode, demos=(demo,)), [None]).ids)
-            overhead.append(alone - bare - len(self._text_ids(demo.text)))
-        return overhead
-
     def _opened(
         self, options: tuple[Option, ...], demos: tuple[Demo, ...], caps: tuple[int | None, ...], task: str
     ) -> _Assembly:
@@ -278,10 +276,30 @@ def _common_cap(lengths: list[int], room: int) -> int | None:
     return max(lengths, default=0)
 
 
-def _next_to_drop(episode: Episode, kept: list[int]) -> int:
-    counts = Counter(episode.demos[i].answer for i in kept)
-    most = max(counts.values())
-    return next(i for i in reversed(kept) if counts[episode.demos[i].answer] == most)
+def _demo_overhead(prompt: Prompt, options: int, lengths: Sequence[int]) -> list[int]:
+    """Return how many tokens each demonstration takes besides its text; its segment is its own (`_opened`)."""
+    taken: Counter[int] = Counter()
+    for piece in prompt.pieces:
+        taken[piece.segment] += len(piece.ids)
+    return [taken[options + 1 + i] - length for i, length in enumerate(lengths)]
+
+
+def _drop_order(demos: Sequence[Demo]) -> list[int]:
+    """Return demonstrations in the order in which they are dropped: the last of the label that has most left."""
+    left: dict[int, list[int]] = {}
+    for i, demo in enumerate(demos):
+        left.setdefault(demo.answer, []).append(i)
+    heap = [(-len(places), -places[-1], answer) for answer, places in left.items()]
+    heapify(heap)
+    order = []
+    while heap:
+        answer = heap[0][2]
+        order.append(left[answer].pop())
+        if left[answer]:
+            heapreplace(heap, (-len(left[answer]), -left[answer][-1], answer))
+        else:
+            heappop(heap)
+    return order
 
 
 class _Assembly:

@@ -35,7 +35,7 @@ from icl_markup.lock import only_run
 from icl_markup.metaicl_config import MetaIclConfig
 from icl_markup.metaicl_model import DETAILS, Trainee, load_metaicl, read_details, save_trainee
 from icl_markup.model import MarkupModel
-from icl_markup.readers import read_task
+from icl_markup.readers import read_task, without_storage
 from icl_markup.run_folder import METRICS, open_output, writing
 from icl_markup.stream import Position, PromptStream, Step
 from icl_markup.tasks import Task
@@ -97,7 +97,7 @@ def run_metaicl(
     )
     fingerprint = Fingerprint.of(backbone)
     identity = {
-        "config": to_dict(replace(config, output="", save_every=1)),
+        "config": without_storage(to_dict(replace(config, output="", save_every=1))),
         "template": {"name": Path(template.name).stem, "source": template.source},
         "data_sha256": _data_hash([*tasks, *validation_tasks]),
         "fingerprint": fingerprint.to_json(),

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from icl_markup.episodes import Episode, Query
 from icl_markup.errors import MarkupError, PromptError
 from icl_markup.model import MarkupModel
-from icl_markup.readers import rows_of
+from icl_markup.rows import KINDS, rows_of
 from icl_markup.text import is_encodable
 
 if TYPE_CHECKING:
@@ -48,7 +48,8 @@ class Line(NamedTuple):
 def open_texts(texts: Sequence[str], file: str | None, column: str = "text") -> Iterator[Iterator[Text]]:
     """Open texts given as arguments, in a file, or on standard input.
 
-    A .jsonl, .csv or .tsv file has its texts in a column; any other has one a line, and blank lines are passed over.
+    A .jsonl, .csv, .tsv or .parquet file has its texts in a column; any other has one a line, and blank lines are
+    passed over.
 
     Raises:
         PromptError: both arguments and a file are given, or the file cannot be read.
@@ -70,7 +71,7 @@ def open_texts(texts: Sequence[str], file: str | None, column: str = "text") -> 
     except OSError as error:
         raise PromptError(f"{file}: cannot be read: {error.strerror}") from error
     with lines:
-        if path.suffix.lower() in (".jsonl", ".csv", ".tsv"):
+        if path.suffix.lower() in KINDS:
             yield _column(path, column)
         else:
             yield _numbered(str(file), lines)

@@ -1,22 +1,30 @@
-"""Reads tasks from JSONL, CSV/TSV, task folders, and `datasets` data sets on disk or on the hub.
+"""Reads tasks from JSONL, CSV/TSV, Parquet, task folders, and `datasets` data sets on disk or on the hub.
 
 A task folder holds one ``SPLIT.jsonl`` a split and, optionally, ``meta.json`` with ``name``, ``oos_label``,
 ``label_descriptions`` and ``description``.
+
+A large task stays on disk (`icl_markup.store`), beside what `datasets` keeps; a small one is held in memory.
 """
 
 from __future__ import annotations
 
-import csv
+import hashlib
 import json
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from icl_markup.errors import TaskError, nearest
-from icl_markup.tasks import Example, Task, TaskChecks, checked_task
+from icl_markup.files import reported
+from icl_markup.rows import KINDS, rows_of
+from icl_markup.tasks import Example, Task, TaskChecks, checked_example, checked_task
 from icl_markup.text import is_encodable
+
+MOST_HELD = 2**26
+"""A task of more bytes is left on disk unless its source says otherwise: in memory it takes several times as many."""
+
+_STORE_VERSION = 1
 
 _SPLIT_ORDER = ("train", "validation", "dev", "test")
 
@@ -26,7 +34,7 @@ class TaskSource:
     """Where a task comes from and how to read it."""
 
     path: str
-    """A JSONL, CSV or TSV file, a task folder, a data set saved by `datasets`, or a hub data set's name."""
+    """A JSONL, CSV, TSV or Parquet file, a task folder, a data set saved by `datasets`, or a hub data set's name."""
 
     name: str | None = None
     """The task's name; by default that of the file or folder."""
@@ -70,6 +78,29 @@ class TaskSource:
     checks: TaskChecks = field(default_factory=TaskChecks)
     """What to do about defects."""
 
+    in_memory: bool | None = None
+    """Hold every text in memory, or leave them in a file of the cache of `datasets`, which is written once; null: in
+    memory up to 64 MiB of data. Examples and episodes are the same."""
+
+
+def without_storage(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration's plain data without where its tasks' texts are kept, which no episode depends on."""
+    found = dict(config)
+    for key in ("tasks", "validation_tasks"):
+        found[key] = [{k: v for k, v in task.items() if k != "in_memory"} for task in config[key]]
+    return found
+
+
+class _Part(NamedTuple):
+    """A split before it is read."""
+
+    prefix: str
+    """What stands before a line in an example's source."""
+    examples: Callable[[], Iterator[tuple[int, Example]]]
+    bytes: int
+    version: list[Any]
+    """Says whether it is still the same."""
+
 
 def read_task(source: TaskSource | str | Path) -> Task:
     """Read one task.
@@ -85,25 +116,24 @@ def read_task(source: TaskSource | str | Path) -> Task:
     path = Path(source.path).expanduser()
     meta: Mapping[str, Any] = {}
     if path.is_file():
-        splits = {source.split: _read_rows(path, source)}
+        parts = {source.split: _file_part(path, source)}
     elif path.is_dir() and any(path.glob("*.jsonl")):
         meta = _read_meta(path / "meta.json")
         files = sorted(path.glob("*.jsonl"), key=lambda p: _split_rank(p.stem))
-        splits = {file.stem: _read_rows(file, source) for file in files}
+        parts = {file.stem: _file_part(file, source) for file in files}
     elif path.is_dir():
-        splits = _from_dataset(source, on_disk=True)
-    elif path.suffix in {".jsonl", ".csv", ".tsv", ".json"} or path.is_absolute() or source.path.startswith("."):
+        parts = _dataset_parts(source, on_disk=True)
+    elif path.suffix in {*KINDS, ".json"} or path.is_absolute() or source.path.startswith("."):
         raise TaskError(f"{source.path}: no such file or folder")
     else:
-        splits = _from_dataset(source, on_disk=False)
-    described = {str(k): str(v) for k, v in dict(meta.get("label_descriptions") or {}).items()}
-    task = checked_task(
-        source.name or str(meta.get("name") or path.stem),
-        splits,
-        descriptions=described,
+        parts = _dataset_parts(source, on_disk=False)
+    task = _task(
+        source,
+        parts,
+        name=source.name or str(meta.get("name") or path.stem),
+        descriptions={str(k): str(v) for k, v in dict(meta.get("label_descriptions") or {}).items()},
         description=source.description or str(meta.get("description") or ""),
         oos_label=source.oos_label or meta.get("oos_label"),
-        checks=source.checks,
     )
     if source.oos_label and not any(task.out_of_scope(split) for split in task.splits):
         raise TaskError(
@@ -113,6 +143,33 @@ def read_task(source: TaskSource | str | Path) -> Task:
         task = task.without_oos()
     wanted = _wanted_labels(task, source)
     return task if wanted is None else task.only_labels(wanted)
+
+
+def _task(source: TaskSource, parts: Mapping[str, _Part], *, name: str, **more: Any) -> Task:
+    """Read and check a task, into memory or into a store, unless that was written before."""
+    size = sum(part.bytes for part in parts.values())
+    if source.in_memory or (source.in_memory is None and size <= MOST_HELD):
+        splits = {split: [example for _, example in part.examples()] for split, part in parts.items()}
+        return checked_task(name, splits, checks=source.checks, **more)
+    # Imported where they are used: they need `datasets`, which costs about a second at import.
+    import datasets
+
+    from icl_markup.mapped import mapped_task
+    from icl_markup.store import Store, write_store
+
+    read_by = [source.text_column, source.label_column, source.label_names, source.only]
+    told = [_STORE_VERSION, *read_by, [[split, part.version] for split, part in parts.items()]]
+    digest = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "icl_markup" / digest
+    if not folder.exists():
+        with reported(TaskError, folder, "make room, or set HF_DATASETS_CACHE"):
+            write_store(folder, name, {split: _checked(part, name) for split, part in parts.items()})
+    prefixes = {split: part.prefix for split, part in parts.items()}
+    return mapped_task(name, Store.open(folder), prefixes, checks=source.checks, **more)
+
+
+def _checked(part: _Part, name: str) -> Iterator[tuple[int, Example]]:
+    return ((line, checked_example(example, name)) for line, example in part.examples())
 
 
 def _wanted_labels(task: Task, source: TaskSource) -> list[str] | None:
@@ -145,78 +202,14 @@ def _read_meta(path: Path) -> Mapping[str, Any]:
     return meta
 
 
-def _read_rows(path: Path, source: TaskSource) -> list[Example]:
-    return [example_of(row, f"{path}:{line}", source) for line, row in rows_of(path) if _wanted(row, source)]
+def _file_part(path: Path, source: TaskSource) -> _Part:
+    def examples() -> Iterator[tuple[int, Example]]:
+        for line, row in rows_of(path):
+            if _wanted(row, source):
+                yield line, example_of(row, f"{path}:{line}", source)
 
-
-def rows_of(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Read a JSONL, CSV or TSV file row by row, in constant memory.
-
-    Yields:
-        Line numbers and rows.
-
-    Raises:
-        TaskError: the file cannot be read, is of another kind, or a row is malformed; the message names the line.
-    """
-    readers: dict[str, Callable[[Path], Iterator[tuple[int, Mapping[str, Any]]]]] = {
-        ".jsonl": _jsonl_rows,
-        ".csv": lambda p: _csv_rows(p, ","),
-        ".tsv": lambda p: _csv_rows(p, "\t"),
-    }
-    if path.suffix.lower() not in readers:
-        raise TaskError(f"{path}: unknown kind of file {path.suffix!r}; use .jsonl, .csv or .tsv")
-    try:
-        yield from readers[path.suffix.lower()](path)
-    except OSError as error:
-        raise TaskError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise TaskError(f"{path}:{_bad_line(path)}: not UTF-8 text ({error.reason}); save it as UTF-8") from error
-
-
-def _bad_line(path: Path) -> int:
-    """Return the first line that is not UTF-8; the decoder counts bytes of what it read last."""
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                line.decode()
-            except UnicodeDecodeError:
-                return number
-    return 0
-
-
-def _jsonl_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise TaskError(f"{path}:{number}: not valid JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise TaskError(f"{path}:{number}: expected a JSON object a line, found {type(row).__name__}")
-            yield number, row
-
-
-def _csv_rows(path: Path, delimiter: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    with path.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
-        header = False
-        while True:
-            line = reader.line_num + 1
-            try:
-                if not header:
-                    header = reader.fieldnames is not None
-                    line = reader.line_num + 1
-                row = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                raise TaskError(f"{path}:{line}: malformed CSV: {error}") from error
-            if None in row:
-                raise TaskError(f"{path}:{reader.line_num}: more fields than the header has columns; quote the text")
-            yield reader.line_num, row
+    found = path.stat()
+    return _Part(f"{path}:", examples, found.st_size, [str(path.resolve()), found.st_size, found.st_mtime_ns])
 
 
 def _wanted(row: Mapping[str, Any], source: TaskSource) -> bool:
@@ -250,7 +243,7 @@ def _readable(raw: Any, source: TaskSource) -> str:
     return source.label_names.get(raw) or raw.replace("_", " ").strip()
 
 
-def _from_dataset(source: TaskSource, *, on_disk: bool) -> dict[str, list[Example]]:
+def _dataset_parts(source: TaskSource, *, on_disk: bool) -> dict[str, _Part]:
     # Imported where it is used: `datasets` costs about a second at import.
     import datasets
 
@@ -264,18 +257,28 @@ def _from_dataset(source: TaskSource, *, on_disk: bool) -> dict[str, list[Exampl
             f"{source.path}: neither a file, a task folder, a saved data set nor a reachable hub data set ({error})"
         ) from error
     parts = loaded if isinstance(loaded, dict) else {source.split: loaded}
-    splits: dict[str, list[Example]] = {}
-    for split in sorted(parts, key=_split_rank):
-        feature = parts[split].features.get(source.label_column)
-        names = getattr(feature, "names", None)
-        rows = []
-        for index, raw in enumerate(parts[split]):
-            row = raw
-            if names is not None and raw.get(source.label_column) is not None:
-                index_of_class = raw[source.label_column]
-                if index_of_class < 0:
-                    raise TaskError(f"{source.path}[{split}]:{index}: the row has no label ({index_of_class})")
-                row = {**raw, source.label_column: names[index_of_class]}
-            rows.append(example_of(row, f"{source.path}[{split}]:{index}", source))
-        splits[split] = rows
-    return splits
+    return {split: _dataset_part(split, parts[split], source) for split in sorted(parts, key=_split_rank)}
+
+
+def _dataset_part(split: str, rows: Any, source: TaskSource) -> _Part:
+    place = f"{source.path}[{split}]:"
+    names = getattr(rows.features.get(source.label_column), "names", None)
+
+    def examples() -> Iterator[tuple[int, Example]]:
+        columns = [column for column in (source.text_column, source.label_column) if column in rows.column_names]
+        read = rows.select_columns(columns) if len(set(columns)) == 2 else rows  # an error shows every column
+        index = 0
+        for block in read.iter(batch_size=1000):
+            for values in zip(*block.values(), strict=True):
+                row = dict(zip(block, values, strict=True))
+                label = row.get(source.label_column)
+                if names is not None and label is not None:
+                    if label < 0:
+                        raise TaskError(f"{place}{index}: the row has no label ({label})")
+                    row[source.label_column] = names[label]
+                yield index, example_of(row, f"{place}{index}", source)
+                index += 1
+
+    files = [Path(file["filename"]) for file in rows.cache_files]
+    found = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    return _Part(place, examples, rows.data.nbytes, [rows._fingerprint, *found])

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from functools import cached_property
+from typing import Literal, NamedTuple, Protocol
 
 from icl_markup.errors import TaskError
 
@@ -19,6 +20,67 @@ class Example(NamedTuple):
     text: str
     label: str
     source: str = ""
+
+
+class Texts(Protocol):
+    """Distinct texts of one label, in order, wherever they lie."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> str: ...
+
+    def find(self, text: str) -> int | None:
+        """Return where a text stands, or None where it is none of these."""
+
+
+class Examples(Protocol):
+    """The examples of a split, in order, wherever they lie: in memory, or in a file (`icl_markup.mapped`)."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Example: ...
+
+    def __iter__(self) -> Iterator[Example]: ...
+
+    def by_label(self) -> dict[str, Sequence[str]]:
+        """Return the texts of each label, labels in the order in which they first appear."""
+
+    def distinct(self) -> dict[str, Texts]:
+        """Return the same, a text that stands twice at one label only once, in its first place."""
+
+    def keeping(self, wanted: Callable[[str], bool]) -> Examples:
+        """Return the examples whose label is wanted."""
+
+
+class HeldTexts(tuple[str, ...]):
+    """Distinct texts in memory."""
+
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        return {text: place for place, text in enumerate(self)}
+
+    def find(self, text: str) -> int | None:
+        """Return where a text stands, or None where it is none of these."""
+        return self._places.get(text)
+
+
+class HeldExamples(tuple[Example, ...]):
+    """Examples in memory; see `Examples`."""
+
+    def by_label(self) -> dict[str, Sequence[str]]:
+        """Return the texts of each label, labels in the order in which they first appear."""
+        texts: dict[str, list[str]] = {}
+        for example in self:
+            texts.setdefault(example.label, []).append(example.text)
+        return dict(texts)
+
+    def distinct(self) -> dict[str, Texts]:
+        """Return the same, a text that stands twice at one label only once, in its first place."""
+        return {label: HeldTexts(dict.fromkeys(texts)) for label, texts in self.by_label().items()}
+
+    def keeping(self, wanted: Callable[[str], bool]) -> HeldExamples:
+        """Return the examples whose label is wanted."""
+        return HeldExamples(example for example in self if wanted(example.label))
 
 
 @dataclass(frozen=True)
@@ -38,29 +100,33 @@ class Task:
 
     name: str
     labels: tuple[str, ...]
-    splits: Mapping[str, tuple[Example, ...]]
+    splits: Mapping[str, Examples]
     descriptions: Mapping[str, str] = field(default_factory=dict)
     description: str = ""
     oos_label: str | None = None
     notes: tuple[str, ...] = ()
 
-    def by_label(self, split: str) -> dict[str, list[str]]:
+    def __post_init__(self) -> None:
+        held = {s: HeldExamples(e) if isinstance(e, (tuple, list)) else e for s, e in self.splits.items()}
+        object.__setattr__(self, "splits", held)
+
+    def by_label(self, split: str) -> dict[str, Sequence[str]]:
         """Return the texts of `split` by label name; labels without a text are absent, and so is out-of-scope.
 
         Raises:
             TaskError: the task has no such split.
         """
-        texts: dict[str, list[str]] = {}
-        for example in self.split(split):
-            if example.label != self.oos_label:
-                texts.setdefault(example.label, []).append(example.text)
-        return texts
+        return {label: texts for label, texts in self.split(split).by_label().items() if label != self.oos_label}
 
-    def out_of_scope(self, split: str) -> list[str]:
+    def distinct(self, split: str) -> dict[str, Texts]:
+        """Return the same, a text that stands twice at one label only once."""
+        return {label: texts for label, texts in self.split(split).distinct().items() if label != self.oos_label}
+
+    def out_of_scope(self, split: str) -> Sequence[str]:
         """Return the out-of-scope texts of `split`."""
-        return [e.text for e in self.split(split) if self.oos_label is not None and e.label == self.oos_label]
+        return [] if self.oos_label is None else self.split(split).by_label().get(self.oos_label, [])
 
-    def split(self, name: str) -> tuple[Example, ...]:
+    def split(self, name: str) -> Examples:
         """Return the examples of a split.
 
         Raises:
@@ -72,8 +138,10 @@ class Task:
 
     def without_oos(self) -> Task:
         """Return the task without its out-of-scope texts."""
-        splits = {s: tuple(e for e in examples if e.label != self.oos_label) for s, examples in self.splits.items()}
-        return replace(self, splits=splits, oos_label=None)
+        return replace(self, splits=self._keeping(lambda label: label != self.oos_label), oos_label=None)
+
+    def _keeping(self, wanted: Callable[[str], bool]) -> dict[str, Examples]:
+        return {split: examples.keeping(wanted) for split, examples in self.splits.items()}
 
     def only_labels(self, labels: Iterable[str], name: str | None = None) -> Task:
         """Return the task restricted to `labels` (out-of-scope examples stay), under another name if given.
@@ -85,17 +153,12 @@ class Task:
         unknown = keep - set(self.labels)
         if unknown:
             raise TaskError(f"task {self.name!r} has no label {sorted(unknown)[0]!r}")
-        return Task(
+        return replace(
+            self,
             name=name or self.name,
             labels=tuple(label for label in self.labels if label in keep),
-            splits={
-                split: tuple(e for e in examples if e.label in keep or e.label == self.oos_label)
-                for split, examples in self.splits.items()
-            },
+            splits=self._keeping(lambda label: label in keep or label == self.oos_label),
             descriptions={k: v for k, v in self.descriptions.items() if k in keep},
-            description=self.description,
-            oos_label=self.oos_label,
-            notes=self.notes,
         )
 
 
@@ -137,29 +200,65 @@ def checked_task(
     """
     checks = checks or TaskChecks()
     notes: list[str] = []
-    clean = {split: [_checked_example(e, name) for e in examples] for split, examples in splits.items()}
+    clean = {split: [checked_example(e, name) for e in examples] for split, examples in splits.items()}
     if not any(clean.values()):
         raise TaskError(f"task {name!r} holds no example")
     _check_duplicates(name, clean, checks, notes)
-    rare = _rare_labels(name, clean, oos_label, checks)
+    return finished_task(
+        Task(name, (), {split: HeldExamples(e) for split, e in clean.items()}, descriptions or {}, description,
+             oos_label, tuple(notes)),
+        Counter(e.label for e in clean[next(iter(clean))]),
+        {e.label: e.source for examples in clean.values() for e in examples},
+        checks,
+    )  # fmt: skip
+
+
+def finished_task(task: Task, counts: Mapping[str, int], last: Mapping[str, str], checks: TaskChecks) -> Task:
+    """Give a task its labels, without those that are too rare.
+
+    Args:
+        task: the task, whose labels are not known yet.
+        counts: how many examples of each label the first split has.
+        last: where the last example of each label of any split was read.
+        checks: what to do about defects.
+
+    Raises:
+        TaskError: a label is too rare, and `checks` does not allow to drop it; or fewer than two labels are left.
+    """
+    every = set(last) - {task.oos_label}
+    rare = sorted(label for label in every if counts.get(label, 0) < checks.min_examples)
+    if rare and checks.rare_labels == "error":
+        raise TaskError(
+            f"{last[rare[0]] or task.name}: label {rare[0]!r} has {counts.get(rare[0], 0)} example(s) in split "
+            f"{next(iter(task.splits))!r}, fewer than {checks.min_examples} ({len(rare)} such labels); add examples, "
+            "or set rare_labels: drop"
+        )
     if rare:
-        notes.append(f"dropped {len(rare)} labels with fewer than {checks.min_examples} examples: {', '.join(rare)}")
-        clean = {s: [e for e in examples if e.label not in rare] for s, examples in clean.items()}
-    labels = sorted({e.label for examples in clean.values() for e in examples} - {oos_label})
+        note = f"dropped {len(rare)} labels with fewer than {checks.min_examples} examples: {', '.join(rare)}"
+        gone = set(rare)
+        task = replace(task, splits=task._keeping(lambda label: label not in gone), notes=(*task.notes, note))
+    labels = sorted(every.difference(rare))
     if len(labels) < 2:
-        raise TaskError(f"task {name!r} has {len(labels)} label(s) left; a classification task needs two or more")
-    return Task(
-        name=name,
-        labels=tuple(labels),  # type: ignore[arg-type]
-        splits={split: tuple(examples) for split, examples in clean.items()},
-        descriptions={k: v for k, v in (descriptions or {}).items() if k in labels and v},
-        description=description,
-        oos_label=oos_label,
-        notes=tuple(notes),
+        raise TaskError(f"task {task.name!r} has {len(labels)} label(s) left; a classification task needs two or more")
+    known = set(labels)
+    described = {k: v for k, v in task.descriptions.items() if k in known and v}
+    return replace(task, labels=tuple(labels), descriptions=described)
+
+
+def duplicate_error(name: str, split: str, source: str, first_split: str, first_source: str) -> TaskError:
+    """Return the error that says that a text of `split` stands in `first_split` too."""
+    return TaskError(
+        f"{source or name}: this text of split {split!r} stands in split {first_split!r} too"
+        f" ({first_source or name}); remove it, or set duplicates: drop"
     )
 
 
-def _checked_example(example: Example, task: str) -> Example:
+def checked_example(example: Example, task: str) -> Example:
+    """Return an example without space around its text and label.
+
+    Raises:
+        TaskError: one of them is empty.
+    """
     place = example.source or f"task {task!r}"
     if not example.text.strip():
         raise TaskError(f"{place}: the text is empty; remove the row or fill it in")
@@ -177,23 +276,12 @@ def _check_duplicates(name: str, splits: dict[str, list[Example]], checks: TaskC
             if first_split == split:
                 kept.append(example)
             elif checks.duplicates == "error":
-                raise TaskError(
-                    f"{example.source or name}: this text of split {split!r} stands in split {first_split!r} too"
-                    f" ({first_source or name}); remove it, or set duplicates: drop"
-                )
+                raise duplicate_error(name, split, example.source, first_split, first_source)
         if len(kept) < len(examples):
-            notes.append(f"dropped {len(examples) - len(kept)} texts of {split!r} that an earlier split holds")
+            notes.append(dropped_note(len(examples) - len(kept), split))
         splits[split] = kept
 
 
-def _rare_labels(name: str, splits: dict[str, list[Example]], oos_label: str | None, checks: TaskChecks) -> list[str]:
-    first = next(iter(splits))
-    counts = Counter(e.label for e in splits[first])
-    every = {e.label: e.source for examples in splits.values() for e in examples if e.label != oos_label}
-    rare = sorted(label for label in every if counts[label] < checks.min_examples)
-    if rare and checks.rare_labels == "error":
-        raise TaskError(
-            f"{every[rare[0]] or name}: label {rare[0]!r} has {counts[rare[0]]} example(s) in split {first!r}, fewer "
-            f"than {checks.min_examples} ({len(rare)} such labels); add examples, or set rare_labels: drop"
-        )
-    return rare
+def dropped_note(count: int, split: str) -> str:
+    """Return the note on texts of `split` that were dropped as duplicates."""
+    return f"dropped {count} texts of {split!r} that an earlier split holds"

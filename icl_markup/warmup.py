@@ -28,7 +28,7 @@ from icl_markup.lock import only_run
 from icl_markup.model import MarkupModel
 from icl_markup.optimisation import Launched, TagOptimiser
 from icl_markup.quantisation import check_gradients
-from icl_markup.readers import read_task
+from icl_markup.readers import read_task, without_storage
 from icl_markup.run_folder import METRICS, open_output, writing
 from icl_markup.start import Start
 from icl_markup.stream import Position, PromptStream, Step
@@ -403,5 +403,6 @@ def _for_tasks(episodes: EpisodeConfig, tasks: Sequence[Task], most: int | None)
 
 def _comparable(config: WarmupConfig) -> dict[str, Any]:
     """Return what of a configuration must not change when a run is resumed."""
-    data = to_dict(replace(config, resume=False, output="", tracker="none", save_every=1, workers=None))
-    return dict(data)
+    return without_storage(
+        to_dict(replace(config, resume=False, output="", tracker="none", save_every=1, workers=None))
+    )

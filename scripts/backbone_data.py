@@ -27,7 +27,7 @@ from icl_markup.layout import Layout
 from icl_markup.markup import Markup
 from icl_markup.prompt import Prompt
 from icl_markup.readers import read_task
-from icl_markup.tasks import NONE_OF_THE_ABOVE, Task
+from icl_markup.tasks import NONE_OF_THE_ABOVE, HeldExamples, Task
 from icl_markup.template import Template, shipped_templates
 from icl_markup.text import TextEncoder
 
@@ -181,5 +181,8 @@ class PromptStream:
 
 def short(task: Task, words: int) -> Task:
     """Leave out texts of more words."""
-    splits = {s: tuple(e for e in examples if len(e.text.split()) <= words) for s, examples in task.splits.items()}
+    splits = {
+        split: HeldExamples(e for e in examples if len(e.text.split()) <= words)
+        for split, examples in task.splits.items()
+    }
     return replace(task, splits=splits)

@@ -58,6 +58,17 @@ def _llama(**sizes: int) -> tuple[transformers.PreTrainedModel, PreTrainedTokeni
     return transformers.LlamaForCausalLM(config), _byte_level(special, "<s> $A")
 
 
+def tiny_llama(max_length: int) -> Backbone:
+    """Return a causal backbone of two layers, which takes prompts of so many tokens."""
+    torch.manual_seed(0)
+    model, tokenizer = _llama(
+        vocab_size=8000, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    model.config.max_position_embeddings = tokenizer.model_max_length = max_length
+    return Backbone(model, tokenizer, "causal", name="llama-tiny-shape")
+
+
 def _llama_135m() -> tuple[transformers.PreTrainedModel, PreTrainedTokenizerFast]:
     return _llama(
         vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,

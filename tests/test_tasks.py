@@ -158,7 +158,7 @@ DEFECTS: dict[str, tuple[str, str | bytes, str]] = {
     "a stray quote at once": ("a.csv", 'text,label\n"y"z,b\n', r"a\.csv:2: malformed CSV"),
     "another encoding": ("a.jsonl", '{"text": "caf\u00e9", "label": "x"}\n'.encode("latin-1"), r"jsonl:1: not UTF-8"),
     "another encoding, CSV": ("a.csv", "text,label\ncaf\u00e9,a\n".encode("latin-1"), r"a\.csv:2: not UTF-8"),
-    "unknown kind of file": ("a.txt", GOOD, r"a\.txt: unknown kind of file '\.txt'; use \.jsonl, \.csv or \.tsv"),
+    "unknown kind of file": ("a.txt", GOOD, r"a\.txt: unknown kind of file '\.txt'; use \.jsonl, .* or \.parquet"),
     "an empty file": ("a.jsonl", "", "task 'a' holds no example"),
     "one label": ("a.jsonl", jsonl([ROWS[0], ROWS[2]]), r"task 'a' has 1 label\(s\) left.*two or more"),
 }  # fmt: skip
