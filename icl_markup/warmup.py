@@ -18,6 +18,7 @@ from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 
 from icl_markup.backbone import Backbone
+from icl_markup.casts import cast_once
 from icl_markup.checkpoint import Progress, has_checkpoint, load_checkpoint, save_checkpoint
 from icl_markup.config import to_dict
 from icl_markup.episodes import EpisodeConfig, EpisodeSampler
@@ -167,7 +168,8 @@ class _Warmup:
         if self.config.tracker != "none":
             self.accelerator.init_trackers("icl-markup", to_dict(self.config))
         try:
-            self._train()
+            with cast_once(self.model.backbone):
+                self._train()
             if self.model.backbone.checksum() != checksum:
                 raise WarmupError("the backbone's weights changed during the warm-up; the tags were not saved")
             if not torch.equal(self.table.frozen, self.kept):
