@@ -33,6 +33,7 @@ from icl_markup.segments import (
     segment_attention,
     set_global_heads,
 )
+from icl_markup.sharded import is_sharded
 from icl_markup.tags import TagTable, substituted
 from icl_markup.text import TextEncoder
 
@@ -157,6 +158,11 @@ class Backbone:
         first = next(self.model.parameters()).dtype
         return self.precision == "none" and self.quantisation == "none" and first == torch.float32
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether its layers are split over processes, which must then compute, hash and save together."""
+        return is_sharded(self.model)
+
     @cached_property
     def exactness(self) -> Exactness:
         """Whether prompts may be packed over a cache of what they share; checked at first use."""
@@ -164,7 +170,7 @@ class Backbone:
 
     @torch.no_grad()
     def checksum(self) -> str:
-        """Return a checksum of every parameter and buffer, which any changed bit changes."""
+        """Return a checksum of every parameter and buffer, which any changed bit changes, split or not."""
         digest = hashlib.sha256()
         for name, value in stored_tensors(self.model):
             raw: Any = value.contiguous().flatten().view(torch.uint8).cpu().numpy()
