@@ -170,8 +170,8 @@ def test_an_error_of_one_process_ends_the_work_of_all_with_its_message(shared: l
 def test_two_processes_measure_the_cells_of_one(workplace: Path, shared: list[dict[str, Any]]) -> None:
     assert [found["evaluated"]["code"] for found in shared] == [0, 0]
     names = [{path.name for path in (workplace / f"cells{n}").glob("*")} for n in (1, 2)]
-    # Tags that two processes warmed up together differ by rounding, and so have a cell of another name.
-    assert (len(names[0]), len(names[1]), len(names[0] & names[1])) == (len(names[0]), len(names[0]), len(names[0]) - 1)
+    # Tags that two processes warmed up together may differ by rounding, and then have a cell of another name.
+    assert len(names[0]) == len(names[1]) and len(names[0] & names[1]) >= len(names[0]) - 1 > 10
     for name in names[0] & names[1]:
         one, two = (Cell.load(workplace / f"cells{n}" / name) for n in (1, 2))
         for column in ("answers", "predicted", "inside", "episodes", "none"):
@@ -179,11 +179,10 @@ def test_two_processes_measure_the_cells_of_one(workplace: Path, shared: list[di
         for column in ("confidence", "loss", "out_of_scope"):
             assert np.allclose(getattr(one, column), getattr(two, column), atol=1e-5)
     rows = [[json.loads(line) for line in (workplace / f"rows{n}.jsonl").read_text().splitlines()] for n in (1, 2)]
-    measures = [
-        [(r["method"], r["template"], r["metric"], r["episodes"]) for r in of if r["kind"] == "measure"] for of in rows
-    ]
+    told = ("method", "template", "metric", "n_way", "episodes")
+    measures = [[tuple(r[key] for key in told) for r in of if r["kind"] == "measure"] for of in rows]
     assert measures[0] == measures[1]
-    assert ("tags", "mean") in {(method, template) for method, template, _, _ in measures[1]} or len(measures[1]) > 0
+    assert {one[0] for one in measures[1]} >= {"tags", "lora", "plain", "majority", "embedding_knn"}
 
 
 def test_the_first_process_alone_writes_and_prints(workplace: Path, shared: list[dict[str, Any]]) -> None:
@@ -225,7 +224,7 @@ def test_a_backbone_split_over_two_processes_gives_the_tags_and_answers_of_a_who
         assert a["validation_accuracy"] == b["validation_accuracy"]
         assert a["validation_loss"] == pytest.approx(b["validation_loss"], abs=1e-5)
     # The files name the same backbone, so that the tags are loaded on a whole one.
-    assert ours["fingerprint"] == Fingerprint.of(model.backbone).to_json()
+    assert Fingerprint.from_json(ours["fingerprint"]) == Fingerprint.of(model.backbone)
     loaded = MarkupModel.from_tags(workplace / "split" / name / "tags", model.backbone)
     assert torch.allclose(loaded.table.rows, rows, atol=1e-5)
 
