@@ -37,6 +37,7 @@ from icl_markup.segments import (
     segment_attention,
     set_global_heads,
 )
+from icl_markup.sharded import is_sharded
 from icl_markup.tags import Tag, TagTable, substituted
 from icl_markup.text import TextEncoder
 
@@ -185,6 +186,11 @@ class Backbone:
                 "tokens have no row; choose a model without such tables, or a template in plain words"
             )
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether its layers are split over processes, which must then compute, hash and save together."""
+        return is_sharded(self.model)
+
     @cached_property
     def exactness(self) -> Exactness:
         """Whether prompts may be packed over a cache of what they share; checked at first use."""
@@ -192,7 +198,7 @@ class Backbone:
 
     @torch.no_grad()
     def checksum(self) -> str:
-        """Return a checksum of every parameter and buffer, which any changed bit changes."""
+        """Return a checksum of every parameter and buffer, which any changed bit changes, split or not."""
         digest = hashlib.sha256()
         for name, value in stored_tensors(self.model):
             raw: Any = value.contiguous().flatten().view(torch.uint8).cpu().numpy()
@@ -282,8 +288,8 @@ class Backbone:
 
     def _keeps_beginnings(self, longest: int) -> bool:
         """Whether prompts may go on from keys and values that were computed without a gradient."""
-        if self.kind != "causal" or self._recomputes:
-            return False
+        if self.kind != "causal" or self._recomputes or self.is_sharded:
+            return False  # processes that share the layers must all run them equally often
         return longest <= self.exactness.limit and not any(p.requires_grad for p in self.model.parameters())
 
     @contextmanager

@@ -23,10 +23,11 @@ from icl_markup.loading import DTYPES
 def cast_once(backbone: Backbone) -> Iterator[None]:
     """While active, frozen linear layers keep their weights in the type of the backbone's autocast, beside their own.
 
-    Outside autocast they compute as ever. Does nothing for a backbone without autocast. The weights must not change.
+    Outside autocast they compute as ever. Does nothing for a backbone without autocast, or whose
+    layers are split over processes. The weights must not change.
     """
     layers: list[nn.Linear] = []
-    if backbone.precision != "none":
+    if backbone.precision != "none" and not backbone.is_sharded:  # copies would bring whole layers back
         layers = [m for m in backbone.model.modules() if type(m) is nn.Linear and _is_frozen(m)]
     for layer in layers:
         layer.forward = partial(_forward, layer, DTYPES[backbone.precision], {})  # type: ignore[method-assign]

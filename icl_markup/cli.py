@@ -16,6 +16,7 @@ from tqdm import tqdm
 from icl_markup.config import describe, load_config
 from icl_markup.errors import Interrupted, MarkupError, PromptError
 from icl_markup.export_cli import add_commands as add_export_commands
+from icl_markup.processes import is_first, leave, let_the_first_speak
 from icl_markup.quantisation import add_argument as add_quantisation
 from icl_markup.serve import add_arguments as add_serve_arguments
 from icl_markup.tag_commands import add_tag_commands
@@ -33,17 +34,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code.
 
     0: done; 1: done, but texts were left out with their errors; 2: an error, which is printed in one line; 70: a
-    defect of this program, with where it was; 130: interrupted.
+    defect of this program, with where it was; 130: interrupted. Of several processes the first speaks.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     args, overrides = _split(arguments)
     command: Callable[[argparse.Namespace, list[str]], int | None] = args.run
     try:
-        return command(args, overrides) or 0
+        code = command(args, overrides) or 0
+        leave()
+        return code
     except (Interrupted, KeyboardInterrupt) as error:
-        print(f"icl-markup: {str(error) or 'interrupted'}{_how_to_go_on(arguments)}", file=sys.stderr)
+        if is_first():
+            print(f"icl-markup: {str(error) or 'interrupted'}{_how_to_go_on(arguments)}", file=sys.stderr)
         return 130
     except MarkupError as error:
+        let_the_first_speak()
         print(f"icl-markup: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:
@@ -213,6 +218,8 @@ def _warmup(args: argparse.Namespace, overrides: list[str]) -> None:
     if _helped(args, WarmupConfig, "warmup"):
         return
     result = run_warmup(load_config(WarmupConfig, args.config, overrides))
+    if not is_first():
+        return
     print(f"tags: {result.folder}")
     for key, value in result.summary.items():
         print(f"{key}: {value}")
@@ -227,7 +234,10 @@ def _evaluate(args: argparse.Namespace, overrides: list[str]) -> None:
         return
     config = load_experiment(args.config, overrides, fast=args.fast)
     command = shlex.join(["icl-markup", "evaluate", args.config, *(["--fast"] if args.fast else []), *overrides])
-    print_rows(run_experiment(config, command), config.experiment)
+    rows = run_experiment(config, command)
+    if not is_first():
+        return
+    print_rows(rows, config.experiment)
     print(f"rows: {config.output}")
 
 

@@ -13,6 +13,7 @@ from scipy import stats
 from icl_markup.episodes import Episode, EpisodeConfig, EpisodeSampler
 from icl_markup.errors import PromptError
 from icl_markup.model import MarkupModel
+from icl_markup.processes import Processes
 from icl_markup.tasks import Task
 
 
@@ -83,6 +84,26 @@ def answer_queries(model: MarkupModel, episodes: Sequence[Episode], batch_tokens
             loss.append(-float(log_probs[query.answer]))
             shortened, dropped = shortened + one.shortened, dropped + one.dropped
     return Answers(np.array(correct, dtype=bool), np.array(loss), shortened, dropped)
+
+
+def answer_together(model: MarkupModel, episodes: Sequence[Episode], batch_tokens: int = 2048) -> Answers:
+    """Answer as `answer_queries` does, each process of `accelerate launch` its part of the episodes.
+
+    Every process gets all answers, the same to the bit; those of another number of processes differ by rounding, as
+    their batches do. A backbone that is split over processes answers everything in each.
+
+    Raises:
+        PromptError: as `answer_queries`, in every process.
+    """
+    if model.backbone.is_sharded:
+        return answer_queries(model, episodes, batch_tokens)
+    found = Processes.here().share(episodes, lambda part: answer_queries(model, part, batch_tokens))
+    return Answers(
+        np.concatenate([one.correct for one in found]),
+        np.concatenate([one.loss for one in found]),
+        sum(one.shortened for one in found),
+        sum(one.dropped for one in found),
+    )
 
 
 def estimate(correct: NDArray[np.bool_], seed: int = 0) -> Estimate:

@@ -6,8 +6,9 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ from icl_markup.experiment_config import ExperimentConfig, Setting
 from icl_markup.files import remove_leftovers, reported
 from icl_markup.lock import only_run
 from icl_markup.measured import Measured
-from icl_markup.method import Method
+from icl_markup.method import EpisodeScores, Method
+from icl_markup.processes import Processes
 from icl_markup.readers import TaskSource, read_task
 from icl_markup.results import provenance, write_rows
 from icl_markup.retrieval import Retrieved
@@ -57,31 +59,43 @@ def run_experiment(config: ExperimentConfig, command: str, *, progress: bool = T
     While it runs, the rows so far are in a file beside the output whose name ends in ``.part``; a run that was stopped
     leaves earlier rows as they were, loses at most the cell it was in, and goes on with the next.
 
+    The processes of `accelerate launch` share the episodes of each cell; the first alone writes.
+
     Args:
         config: the experiment.
         command: the command that makes the rows again; written into each of them.
         progress: show a progress bar over cells.
 
     Returns:
-        All rows of the experiment.
+        All rows of the experiment, in every process.
 
     Raises:
-        EvaluationError: another run is writing to `output`, or a file cannot be written; what was measured is intact.
+        EvaluationError: another run is writing to `output`, a file cannot be written, or processes have other data or
+            another backbone than the first; what was measured is intact.
         MarkupError: a task, backbone, template, tag folder or method cannot be used.
     """
+    here = Processes.joined(on_cpu=config.backbone.device == "cpu")
     output = Path(config.output)
+    with ExitStack() as opened:
+        here.from_main(lambda: opened.enter_context(_opened(output, Path(config.cells))))
+        return _run(config, command, output, progress and here.is_main, here)
+
+
+@contextmanager
+def _opened(output: Path, cells: Path) -> Iterator[None]:
+    """Be the only run that writes to an output, with what earlier ones left cleared away."""
     with reported(EvaluationError, output, _GO_ON):
         output.parent.mkdir(parents=True, exist_ok=True)
     with only_run(output, EvaluationError):
         # Other experiments may be writing to the same folder of cells; what they write takes no hour.
-        remove_leftovers(Path(config.cells), older=3600)
-        return _run(config, command, output, progress)
+        remove_leftovers(cells, older=3600)
+        yield
 
 
-def _run(config: ExperimentConfig, command: str, output: Path, progress: bool) -> list[dict[str, Any]]:
+def _run(config: ExperimentConfig, command: str, output: Path, progress: bool, here: Processes) -> list[dict[str, Any]]:
     tasks = _read(config.tasks)
-    chain = _Chain(config, command)
-    selected = chain.select(_read(config.selection_tasks))
+    chain = _Chain(config, command, here)
+    selected = chain.select(_read(config.selection_tasks), progress)
     for place, setting in enumerate(config.settings):
         for name in setting.tasks or []:
             if name not in {task.name for task in tasks}:
@@ -94,29 +108,47 @@ def _run(config: ExperimentConfig, command: str, output: Path, progress: bool) -
     with tqdm(total=total, desc="cells", unit="cell", disable=not progress) as bar:
         for setting, task in plan:
             measured = [one for seed in config.seeds for one in chain.measure(task, setting, seed, bar)]
-            rows = corrected([*rows, *summarise(measured, selected, config, command)])
-            with reported(EvaluationError, part, _GO_ON):
-                write_rows(part, rows, replace=True)
+            rows = here.from_main(partial(_so_far, part, rows, measured, selected, config, command))
+    here.from_main(partial(_finished, output, part, rows))
+    return rows
+
+
+def _so_far(
+    part: Path,
+    rows: list[dict[str, Any]],
+    measured: Sequence[Measured],
+    selected: dict[str, list[Cell]],
+    config: ExperimentConfig,
+    command: str,
+) -> list[dict[str, Any]]:
+    rows = corrected([*rows, *summarise(measured, selected, config, command)])
+    with reported(EvaluationError, part, _GO_ON):
+        write_rows(part, rows, replace=True)
+    return rows
+
+
+def _finished(output: Path, part: Path, rows: list[dict[str, Any]]) -> None:
     with reported(EvaluationError, output, _GO_ON):
         write_rows(output, rows, replace=True)
         part.unlink(missing_ok=True)
-    return rows
 
 
 def _read(sources: Sequence[TaskSource]) -> list[Task]:
     tasks = [read_task(source) for source in sources]
-    for task in tasks:
+    for task in tasks if Processes.here().is_main else []:
         for note in task.notes:
             print(f"{task.name}: {note}", file=sys.stderr)
     return tasks
 
 
 class _Chain:
-    def __init__(self, config: ExperimentConfig, command: str):
+    def __init__(self, config: ExperimentConfig, command: str, here: Processes):
+        self.here = here
         self.config = config
         self.command = command
         self.encoder = cache(lambda: SentenceEncoder(config.encoder))  # not loaded where nothing needs it
-        self.variants = list(variants(config, Backbone.load(config.backbone), self.encoder))
+        self.backbone = Backbone.load(config.backbone)
+        self.variants = list(variants(config, self.backbone, self.encoder))
         self.made: dict[str, Method] = {}
         self.threshold_task = read_task(config.threshold_task) if config.threshold_task else None
 
@@ -139,13 +171,13 @@ class _Chain:
             yield Measured(variant, task, setting, seed, cell, validation)
             bar.update()
 
-    def select(self, tasks: Sequence[Task]) -> dict[str, list[Cell]]:
+    def select(self, tasks: Sequence[Task], progress: bool) -> dict[str, list[Cell]]:
         """Measure wordings on the selection tasks, whose best then has rows of its own."""
         plain = [v for v in self.variants if v.method == "plain"]
         selected: dict[str, list[Cell]] = {}
         if len(plain) < 2:
             return selected
-        for task in tqdm(tasks, desc="choosing the best wording", unit="task", disable=None):
+        for task in tqdm(tasks, desc="choosing the best wording", unit="task", disable=None if progress else True):
             drawn: dict[str, list[Episode]] = {}
             for variant in plain:
                 cell = self._cell(variant, task, SELECTION, 1, "train", drawn)
@@ -170,8 +202,9 @@ class _Chain:
         retrieval = setting.retrieval if variant.prompted else None
         name = cell_name(task=_digest(task), variant=variant.identity, encoder=config.encoder, **place)
         path = Path(config.cells) / name
-        if path.exists():
-            return Cell.load(path)
+        found = self._kept(path)
+        if found is not None:
+            return found
         if split not in drawn:
             everyone = setting.episodes or config.episodes
             drawn[split] = draw(task, setting, episodes=everyone, queries=queries, seed=seed, query_split=split)
@@ -185,7 +218,7 @@ class _Chain:
         answered = []
         for variation in range(variations):
             asked = [vary(e, setting, variation, task, seed) for e in episodes] if variations > 1 else episodes
-            answered.append((asked, method.scores(asked)))
+            answered.append((asked, self._scores(variant, method, asked)))
         facts = {
             "task": task.name,
             "open_world": setting.open_world,
@@ -194,9 +227,34 @@ class _Chain:
             **provenance(),
         }
         cell = Cell.of(answered, facts)
-        with reported(EvaluationError, path, _GO_ON):
-            cell.save(path)
+        self.here.from_main(lambda: _save(cell, path))
         return cell
+
+    def _kept(self, path: Path) -> Cell | None:
+        """Return a cell that the first process finds measured, once all have agreed that they mean the same one."""
+        first = self.here.is_main
+        found = self.here.together(lambda: (path.name, Cell.load(path) if first and path.exists() else None))
+        for index, (name, _) in enumerate(found):
+            if name != found[0][0]:
+                raise EvaluationError(
+                    f"process {index} would measure something else than the first: its data, its backbone or its tags "
+                    "differ; give all machines the same files"
+                )
+        return found[0][1]
+
+    def _scores(self, variant: Variant, method: Method, episodes: Sequence[Episode]) -> list[EpisodeScores]:
+        """Score every query of every episode, each process a part of them.
+
+        A backbone that is split over processes scores all of them in each: where one computes, all must.
+        """
+        if variant.prompted and self.backbone.is_sharded:
+            return self.here.together(lambda: method.scores(episodes))[0]
+        return [one for part in self.here.share(episodes, method.scores) for one in part]
+
+
+def _save(cell: Cell, path: Path) -> None:
+    with reported(EvaluationError, path, _GO_ON):
+        cell.save(path)
 
 
 def _measured_as(setting: Setting) -> dict[str, Any]:

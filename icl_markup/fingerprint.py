@@ -16,6 +16,7 @@ import torch
 
 from icl_markup.backbone import Backbone
 from icl_markup.quantisation import linear_layers, projection
+from icl_markup.sharded import whole
 
 _SKETCH_ROWS = 64
 _SKETCH_GROUPS = 32
@@ -172,7 +173,7 @@ def _close(mine: tuple[float, ...], theirs: tuple[float, ...]) -> bool:
 def _weights_sketch(backbone: Backbone) -> tuple[float, ...]:
     squares = [0.0] * _SKETCH_GROUPS
     for index, parameter in enumerate(backbone.model.parameters()):
-        squares[index % _SKETCH_GROUPS] += float(torch.linalg.vector_norm(parameter, dtype=torch.float32)) ** 2
+        squares[index % _SKETCH_GROUPS] += float(torch.linalg.vector_norm(whole(parameter), dtype=torch.float32)) ** 2
     return tuple(round(math.sqrt(square), 6) for square in squares)
 
 

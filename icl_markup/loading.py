@@ -15,6 +15,7 @@ from icl_markup.embedded import resolve
 from icl_markup.errors import BackboneError
 from icl_markup.layout import Kind
 from icl_markup.quantisation import Quantisation, loading_options, recorded, settle
+from icl_markup.sharded import shard_layers, shards_layers
 
 _AUTO_CLASSES = {
     "causal": transformers.AutoModelForCausalLM,
@@ -79,12 +80,14 @@ def load_pretrained(config: BackboneConfig) -> Loaded:
     """Load a folder or hub name that transformers loads; weights are read from safetensors only, no code of it is run.
 
     Raises:
-        BackboneError: there is no such model, it has no language-model head, or an option does not fit.
+        BackboneError: there is no such model, it has no language-model head, or an option, or what the launcher says of
+            models split over processes (`icl_markup.sharded`), does not fit.
     """
     path = resolve(config.name)
     # Said outright: left open, transformers asks at the terminal whether to run the code that a model brings along.
     hub: dict[str, Any] = {"trust_remote_code": False} | ({"revision": config.revision} if config.revision else {})
     device = _device(config.device)
+    sharded = shards_layers()
     try:
         settings = transformers.AutoConfig.from_pretrained(path, **hub)
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, use_fast=True, **hub)
@@ -92,9 +95,13 @@ def load_pretrained(config: BackboneConfig) -> Loaded:
         raise BackboneError(f"backbone {config.name!r}: transformers cannot load it: {_first_line(error)}") from error
     kind: Kind = _kind(settings) if config.kind == "auto" else config.kind
     is_quantised = config.quantisation not in ("auto", "none") or bool(getattr(settings, "quantization_config", None))
+    if sharded and is_quantised:
+        raise BackboneError(f"backbone {config.name!r} is quantised and cannot be split over processes; launch without")
     dtype = _dtype(config.dtype, device, is_quantised)
     quantised = loading_options(config.quantisation, settings, device, dtype, config.name)
     precision = _precision(config.precision, device, dtype, is_quantised)
+    if sharded and precision == "fp16":  # accelerate would unscale gradients twice where it knows of FSDP
+        raise BackboneError("precision fp16 does not go with a backbone split over processes; take bf16 or none")
     wanted = {} if config.attention == "auto" else {"attn_implementation": config.attention}
     # A backbone that reads by segments is given long prompts of many queries, where eager takes twice the time.
     short = not getattr(settings, "icl_markup", None)
@@ -126,7 +133,9 @@ def load_pretrained(config: BackboneConfig) -> Loaded:
         )
     revision = config.revision or getattr(settings, "_commit_hash", None)
     settle(model, config.name)
-    placed = model if quantised else model.to(device)
+    if sharded:
+        shard_layers(model, device)
+    placed = model if quantised or sharded else model.to(device)
     return Loaded(config, placed, tokenizer, kind, revision, precision)
 
 

@@ -33,7 +33,7 @@ from icl_markup.files import append_line
 from icl_markup.fingerprint import Fingerprint
 from icl_markup.lock import only_run
 from icl_markup.metaicl_config import MetaIclConfig
-from icl_markup.metaicl_model import DETAILS, Trainee, load_metaicl, read_details, save_trainee
+from icl_markup.metaicl_model import DETAILS, Trainee, check_whole, load_metaicl, read_details, save_trainee
 from icl_markup.model import MarkupModel
 from icl_markup.readers import read_task, without_storage
 from icl_markup.run_folder import METRICS, open_output, writing
@@ -84,13 +84,14 @@ def run_metaicl(
 
     Raises:
         WarmupError: `output` holds another run or is another's at the moment, it cannot be written, the template has
-            tags, or the loss is not finite.
+            tags, the backbone is split over processes, or the loss is not finite.
         MarkupError: the backbone, the template or a task cannot be used.
     """
     template = Template.load(config.template)
     if not template.is_plain:
         raise WarmupError(f"template {template.name!r} has tags, which MetaICL does not train; take one in plain words")
     backbone = backbone or Backbone.load(config.backbone)
+    check_whole(backbone)
     tasks = tasks if tasks is not None else [read_task(source) for source in config.tasks]
     validation_tasks = (
         validation_tasks if validation_tasks is not None else [read_task(s) for s in config.validation_tasks]

@@ -200,8 +200,19 @@ def _load_full(folder: Path, backbone: Backbone) -> Backbone:
     return _wrapped(model, backbone, precision)
 
 
+def check_whole(backbone: Backbone) -> None:
+    """Check that a backbone can be copied.
+
+    Raises:
+        WarmupError: its layers are split over processes.
+    """
+    if backbone.is_sharded:
+        raise WarmupError("MetaICL copies a backbone, and no process has all of this one; launch without splitting it")
+
+
 def _copy_of(backbone: Backbone, *, always_fp32: bool) -> tuple[PreTrainedModel, Literal["none", "bf16", "fp16"]]:
     """Return a deep copy of the model and the autocast that it runs under."""
+    check_whole(backbone)
     model = copy.deepcopy(backbone.model)
     on_cpu = backbone.device.type == "cpu" and not getattr(model, "is_quantized", False)
     if not (always_fp32 or on_cpu):

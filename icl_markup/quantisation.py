@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from icl_markup.errors import BackboneError
+from icl_markup.sharded import whole
 
 Quantisation = Literal[
     "auto", "none", "bitsandbytes-int8", "bitsandbytes-nf4", "bitsandbytes-fp4", "torchao-int8", "torchao-int4"
@@ -174,7 +175,7 @@ def stored_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     seen = set()
     for name, value in [*model.named_parameters(), *model.named_buffers()]:
         seen.add(name)
-        yield from _parts(name, value.detach())
+        yield from _parts(name, whole(value.detach()))
     if quantisation_of(model) == "none":
         return
     for name, value in model.state_dict().items():  # bitsandbytes keeps scales in no parameter and no buffer
@@ -224,6 +225,7 @@ def projection(module: nn.Module, width: int, dtype: torch.dtype, seed: int) -> 
         seed: seeds the signs.
     """
     weight = getattr(module, "weight", None)
+    weight = whole(weight) if isinstance(weight, Tensor) else weight
     b = signs(1, width, seed)
     if is_plain(weight):
         oriented = weight.T if isinstance(module, Conv1D) else weight

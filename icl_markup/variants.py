@@ -21,6 +21,7 @@ from icl_markup.metaicl_config import MetaIclConfig
 from icl_markup.metaicl_model import read_details
 from icl_markup.method import Method
 from icl_markup.model import MarkupModel
+from icl_markup.processes import Processes
 from icl_markup.prompted import Prompted
 from icl_markup.retrieval import NearestLabel
 from icl_markup.sentences import SentenceEncoder
@@ -170,7 +171,10 @@ def _without(template: Template, tags: list[str]) -> Template:
 
 
 def _warmed_up(method: MethodConfig, seed: int, config: ExperimentConfig, backbone: Backbone) -> Path:
-    """Run a warm-up, continue it, or find it finished; return its folder."""
+    """Run a warm-up, continue it, or find it finished; return its folder.
+
+    Several processes warm tags up together; MetaICL trains in the first, for which the others wait.
+    """
     assert method.warmup is not None
     metaicl = method.name in ("lora", "full_finetuning")
     changes = {**config.warmup_overrides, **({} if metaicl else method.overrides)}
@@ -186,7 +190,7 @@ def _warmed_up(method: MethodConfig, seed: int, config: ExperimentConfig, backbo
             trained = MetaIclConfig.like(warmup, method=method.name, output=str(folder), **method.overrides)
         except TypeError as error:
             raise ConfigError(f"method {method.name}: overrides: {error}") from error
-        return Path(run_metaicl(trained, backbone=backbone).folder)
+        return Processes.here().from_main(lambda: run_metaicl(trained, backbone=backbone).folder)
     return run_warmup(replace(warmup, output=str(folder), resume=has_checkpoint(folder)), backbone=backbone).folder
 
 

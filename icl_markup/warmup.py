@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 
@@ -23,11 +23,12 @@ from icl_markup.checkpoint import Progress, has_checkpoint, load_checkpoint, sav
 from icl_markup.config import to_dict
 from icl_markup.episodes import EpisodeConfig, EpisodeSampler
 from icl_markup.errors import Interrupted, WarmupError
-from icl_markup.evaluation import answer_queries
+from icl_markup.evaluation import answer_together
 from icl_markup.files import append_line
 from icl_markup.lock import only_run
 from icl_markup.model import MarkupModel
 from icl_markup.optimisation import Launched, TagOptimiser
+from icl_markup.processes import Processes
 from icl_markup.quantisation import check_gradients
 from icl_markup.readers import read_task, without_storage
 from icl_markup.run_folder import METRICS, open_output, writing
@@ -77,7 +78,7 @@ def run_warmup(
         MarkupError: the backbone, the template or a task cannot be used.
     """
     on_cpu = backbone.device.type == "cpu" if backbone else config.backbone.device == "cpu"
-    PartialState(cpu=on_cpu)  # gives this process its device, on which the backbone is then loaded
+    Processes.joined(on_cpu=on_cpu)  # gives this process its device, on which the backbone is then loaded
     backbone = backbone or Backbone.load(config.backbone)
     accelerator = Accelerator(
         # Autocast is the backbone's; of accelerate's mixed precision only the loss scaling of fp16 is wanted.
@@ -132,11 +133,6 @@ class _Warmup:
         self.notes = [f"{task.name}: {note}" for task in [*tasks, *validation_tasks] for note in task.notes]
         self.validation_tasks = validation_tasks
         plan = config.optimiser
-        processes = accelerator.num_processes
-        if plan.batches_per_step % processes:
-            raise WarmupError(
-                f"optimiser.batches_per_step is {plan.batches_per_step}, no multiple of the {processes} processes"
-            )
         self.stream = PromptStream(
             model.markup,
             EpisodeSampler(tasks, _for_tasks(config.episodes, tasks, config.most_tasks), config.seed),
@@ -179,7 +175,9 @@ class _Warmup:
             self.table.freeze(())
             self.accelerator.wait_for_everyone()
         finally:
-            self.accelerator.end_training()
+            # Not `end_training`: it would end the group of processes, too, which an evaluation still needs.
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
         return WarmupResult(self.model, self.out / "tags", summary)
 
     def _open_output(self) -> None:
@@ -212,6 +210,12 @@ class _Warmup:
         plan, state = self.config.optimiser, self.progress
         if state.finished:
             return
+        processes = self.accelerator.num_processes
+        if plan.batches_per_step % processes:
+            raise WarmupError(
+                f"optimiser.batches_per_step is {plan.batches_per_step}, no multiple of the {processes} processes; "
+                "give a multiple, or warm up in one process first"
+            )
         if state.step == 0:
             self._validate()
         self._settled = state.step
@@ -292,7 +296,7 @@ class _Warmup:
         for task in self.validation_tasks:
             sampler = EpisodeSampler([task], settings, seed=self.config.seed)
             drawn = [sampler.episode(0, i) for i in range(plan.episodes)]
-            answers = answer_queries(self.model, drawn, self.config.optimiser.batch_tokens)
+            answers = answer_together(self.model, drawn, self.config.optimiser.batch_tokens)
             accuracy.append(float(answers.correct.mean()))
             loss.append(float(answers.loss.mean()))
         mean, mean_loss = sum(accuracy) / len(accuracy), sum(loss) / len(loss)

@@ -184,12 +184,15 @@ def helps() -> str:
     return out.getvalue()
 
 
+OF_ACCELERATE = ("--mixed_precision", "--config_file", "--num_processes", "--multi_gpu", "--cpu")
+
+
 @pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.stem)
 def test_a_page_speaks_of_options_that_there_are(page: Path, helps: str) -> None:
     text = re.sub(r"^ *```.*?^ *```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     for option in re.findall(r"`(--[a-z][a-z_.-]*[a-z])", text):
         is_ours = re.search(rf"{re.escape(option)}\b", helps) is not None
-        assert is_ours or option in ("--mixed_precision",), f"{page.name}: no command has {option}"
+        assert is_ours or option in OF_ACCELERATE, f"{page.name}: no command has {option}"
 
 
 def test_the_site_builds_without_warnings_and_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

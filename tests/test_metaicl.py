@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 
 from icl_markup import evaluation
 from icl_markup import metaicl as metaicl_module
-from icl_markup import warmup as warmup_module
 from icl_markup.backbone import Backbone
 from icl_markup.config import load_config
 from icl_markup.episodes import Episode, EpisodeConfig, EpisodeSampler
@@ -249,7 +248,7 @@ def recorded(run: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> tuple[d
 
     with monkeypatch.context() as patch:
         patch.setattr(EpisodeSampler, "episode", episode)
-        for module in (warmup_module, metaicl_module):
+        for module in (evaluation, metaicl_module):
             patch.setattr(module, "answer_queries", answer_queries)
         run()
     return drawn, validated

@@ -22,6 +22,8 @@ from icl_markup.model import MarkupModel
 from icl_markup.warmup import OptimiserConfig, ValidationConfig, WarmupConfig, run_warmup
 from tests.conftest import tiny_backbone, tiny_task
 
+LAUNCH = Path(__file__).resolve().parents[1] / "configs" / "accelerate" / "multi_gpu.yaml"
+
 
 def config_for(folder: Path, **changes: Any) -> WarmupConfig:
     base = WarmupConfig(
@@ -253,8 +255,8 @@ def test_two_processes_give_the_tags_of_one(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(json.dumps(config))
     rows = []
     for processes in (1, 2):
-        launch = ["accelerate.commands.launch", "--cpu", "--num_machines", "1", "--num_processes", str(processes)]
-        launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+        # With --cpu accelerate would start one process, however many it is asked for.
+        launch = ["accelerate.commands.launch", "--config_file", str(LAUNCH), "--num_processes", str(processes)]
         command = ["-m", "icl_markup.cli", "warmup", str(tmp_path / "config.yaml")]
         done = subprocess.run(
             [sys.executable, "-m", *launch, *command, "--output", str(tmp_path / f"run{processes}")],
@@ -265,6 +267,7 @@ def test_two_processes_give_the_tags_of_one(tmp_path: Path) -> None:
         )
         assert done.returncode == 0, done.stderr[-2000:]
         rows.append(MarkupModel.from_tags(tmp_path / f"run{processes}" / "tags").table.rows.detach())
+        assert done.stdout.count("tags: ") == 1
     assert torch.allclose(rows[0], rows[1], atol=1e-5)
 
 
