@@ -47,7 +47,7 @@ class Operation:
 
     Attributes:
         function: the operation.
-        args: its positional arguments, fake tensors as `TensorSpec`, others as they are.
+        args: its positional arguments, tensors as `TensorSpec`, but for real indices, which are as they are.
         kwargs: its keyword arguments, likewise.
         flops: floating-point operations of one call, a multiply-add counted as two; 0 but for products of matrices
             and attention.
@@ -136,7 +136,7 @@ class Ledger(TorchDispatchMode):
         key = (func, known, str(structure))
         if key not in self.operations:
             count = _FORMULAS.get(func._overloadpacket)
-            kept_args, kept_kwargs = tree_map_only(FakeTensor, TensorSpec.of, (args, kwargs))
+            kept_args, kept_kwargs = tree_map_only(Tensor, _kept, (args, kwargs))
             self.operations[key] = Operation(
                 func,
                 kept_args,
@@ -147,6 +147,13 @@ class Ledger(TorchDispatchMode):
                 attends=func._overloadpacket in _ATTENTION,
             )
         self.operations[key].calls[self.phase] += 1
+
+
+def _kept(tensor: Tensor) -> TensorSpec | Tensor:
+    """Return what stands for a tensor: a copy of real indices, or its shape. It must not stay alive."""
+    if isinstance(tensor, FakeTensor) or tensor.dtype.is_floating_point or tensor.dtype == torch.bool:
+        return TensorSpec.of(tensor)
+    return tensor.clone()
 
 
 def _size(tensor: Tensor) -> int:

@@ -26,8 +26,11 @@ _SCRATCH_BYTES = 16 * 2**20
 _HELD_BYTES = 256 * 2**20
 """How much of the outputs is kept at most."""
 
-_LEAST_SECONDS = 0.01
-"""An operation is repeated for as long at least."""
+_CALLS = (3, 7)
+"""Fewest and most calls that are timed; the median counts."""
+
+_ENOUGH_SECONDS = 0.02
+"""An operation is not called again once its calls took as long."""
 
 
 class Stopwatch:
@@ -78,7 +81,7 @@ class Stopwatch:
 
         call(0)
         found: list[float] = []
-        while len(found) < 3 or sum(found) < _LEAST_SECONDS:
+        while len(found) < _CALLS[0] or (sum(found) < _ENOUGH_SECONDS and len(found) < _CALLS[1]):
             found.append(call(len(found)))
         return statistics.median(found)
 
