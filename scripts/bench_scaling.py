@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -179,7 +178,7 @@ def points(args: argparse.Namespace) -> Iterator[tuple[str, int]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--axes", nargs="+", choices=POINTS, default=list(POINTS))
+    parser.add_argument("--axes", nargs="*", choices=POINTS, default=list(POINTS))
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--picture", type=Path, help="a PNG of all rows in the file")
     parser.add_argument("--append", action="store_true", help="keep the rows that are there")
@@ -189,17 +188,19 @@ def main() -> None:
         print(json.dumps(row_of(args.point[0], int(args.point[1]), args.steps)))
         return
     rows: list[dict[str, Any]] = []
+    if args.append and args.out.exists():
+        rows = [json.loads(line) for line in args.out.read_text(encoding="utf-8").splitlines()]
     for axis, value in points(args):
         command = [sys.executable, __file__, "-", "--steps", str(args.steps), "--point", axis, str(value)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=dict(os.environ))
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             sys.exit(f"{axis} {value} failed:\n{done.stderr[-3000:]}")
         found = json.loads(done.stdout.splitlines()[-1])
         print(json.dumps(found), flush=True)
         rows.append({**found, "command": f"python scripts/bench_scaling.py {args.out}", **provenance()})
-    write_rows(args.out, rows, replace=not args.append)
+        write_rows(args.out, rows, replace=True)
     if args.picture:
-        draw([json.loads(line) for line in args.out.read_text(encoding="utf-8").splitlines()], args.picture)
+        draw(rows, args.picture)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@
 For shapes of `bench_shapes.py`, and batches of equal prompts of several lengths and numbers: parameters, FLOPs of a
 step's forward and backward pass as PyTorch's FlopCounterMode counts them on the real model, memory beyond weights as
 the largest resident set during steps less that before them, and seconds of a step (their median) against the sum of
-operations that the plan times. The plan is made of the configuration and the tokenizer alone. A case is a process of
-its own; in it the real model runs first. `ratio` is the plan's number divided by the measured one.
+operations that the plan times. The plan is made of the configuration and the tokenizer alone. Each measurement is a
+process of its own; in it the real model runs first. Memory is measured twice: with freed pages given back at once, which
+is what PyTorch holds, and with glibc's default, which keeps gaps. `ratio` is the plan's number divided by the measured one.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -92,19 +95,28 @@ def skeleton_of(model: MarkupModel, shape: str, precision: str) -> MarkupModel:
         return MarkupModel(Skeleton.build(config))
 
 
-def case(shape: str, precision: str, prompts: int, length: int, steps: int) -> dict[str, Any]:
-    """Measure and plan one case in this process; bytes, FLOPs and seconds of both."""
+def memory_case(shape: str, precision: str, prompts: int, length: int) -> dict[str, Any]:
+    """Measure and plan memory in this process, MiB."""
     model = MarkupModel(backbone_of(shape, precision))
     items = equal_items(model, prompts, length)
     step(model, equal_items(model, 1, 100))  # what is loaded and set up once
     with Memory() as memory:
         for _ in range(2):
             step(model, items)
-        seconds = []
-        for _ in range(steps):
-            began = time.perf_counter()
-            step(model, items)
-            seconds.append(time.perf_counter() - began)
+    ledger, _ = observed(skeleton_of(model, shape, precision), items, False)
+    return {"memory_mib": [round(ledger.peak / 2**20, 1), round(memory.grown, 1)]}
+
+
+def case(shape: str, precision: str, prompts: int, length: int, steps: int) -> dict[str, Any]:
+    """Measure and plan all else in this process: parameters, FLOPs and seconds of both."""
+    model = MarkupModel(backbone_of(shape, precision))
+    items = equal_items(model, prompts, length)
+    seconds = []
+    for _ in range(steps + 1):
+        began = time.perf_counter()
+        step(model, items)
+        seconds.append(time.perf_counter() - began)
+    del seconds[0]
     with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
         step(model, items)
     planned = skeleton_of(model, shape, precision)
@@ -116,11 +128,43 @@ def case(shape: str, precision: str, prompts: int, length: int, steps: int) -> d
         "tokens": len(items[0].prompt.ids),
         "parameters": [sum(p.numel() for p in one.backbone.model.parameters()) for one in (planned, model)],
         "flops": [ledger.flops(), counter.get_total_flops()],
-        "memory_mib": [round(ledger.peak / 2**20, 1), round(memory.grown, 1)],
         "seconds": [round(estimate, 4), round(statistics.median(seconds), 4)],
         "seconds_range": [round(min(seconds), 4), round(max(seconds), 4)],
         "planning_seconds": [round(watched, 2), round(time.perf_counter() - began - watched, 2)],
     }
+
+
+ALLOCATORS = {"memory_mib": {"MALLOC_MMAP_THRESHOLD_": "65536"}, "memory_mib, glibc's default": {}}
+"""Environments in which memory is measured: with freed pages given back at once, and as it comes."""
+
+
+def rows_of(shape: str, precision: str, size: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield a row for each quantity of a case."""
+    given = [shape, precision, *size.split("x")]
+    found = run_again(["--steps", str(args.steps), "--case", *given], {})
+    for name, environment in ALLOCATORS.items():
+        found[name] = run_again(["--memory", *given], environment)["memory_mib"]
+    for quantity in ("parameters", "flops", "seconds", *ALLOCATORS):
+        planned, measured = found[quantity]
+        yield {
+            "bench": "plan", "shape": shape, "precision": precision, "prompts": int(size.split("x")[0]),
+            "tokens": found["tokens"], "quantity": quantity, "planned": planned, "measured": measured,
+            "ratio": round(planned / measured, 4),
+            **({"range": found["seconds_range"]} if quantity == "seconds" else {}),
+            "planning_seconds": found["planning_seconds"],
+            "command": f"python scripts/check_plan.py {args.out}", **provenance(),
+        }  # fmt: skip
+
+
+def run_again(arguments: list[str], environment: dict[str, str]) -> dict[str, Any]:
+    """Run this script in a process of its own; return what it prints."""
+    done = subprocess.run(
+        [sys.executable, __file__, "-", *arguments], capture_output=True, text=True, check=False,
+        env={**os.environ, **environment},
+    )  # fmt: skip
+    if done.returncode:
+        sys.exit(f"{' '.join(arguments)} failed:\n{done.stderr[-3000:]}")
+    return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 def main() -> None:
@@ -132,31 +176,26 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--append", action="store_true", help="keep the rows that are there")
     parser.add_argument("--case", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--memory", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.case:
-        shape, precision, prompts, length = args.case
-        print(json.dumps(case(shape, precision, int(prompts), int(length), args.steps)))
+    given = args.case or args.memory
+    if given:
+        shape, precision, prompts, length = given[0], given[1], int(given[2]), int(given[3])
+        found = (
+            memory_case(shape, precision, prompts, length)
+            if args.memory
+            else case(shape, precision, prompts, length, args.steps)
+        )
+        print(json.dumps(found))
         return
     rows: list[dict[str, Any]] = []
+    if args.append and args.out.exists():
+        rows = [json.loads(line) for line in args.out.read_text(encoding="utf-8").splitlines()]
     for shape, precision, size in itertools.product(args.shapes, args.precisions, args.sizes):
-        command = [sys.executable, __file__, "-", "--steps", str(args.steps), "--case", shape, precision]
-        done = subprocess.run([*command, *size.split("x")], capture_output=True, text=True, check=False)
-        if done.returncode:
-            sys.exit(f"{shape}, {precision}, {size} failed:\n{done.stderr[-3000:]}")
-        found = json.loads(done.stdout.splitlines()[-1])
-        for quantity in ("parameters", "flops", "memory_mib", "seconds"):
-            planned, measured = found[quantity]
-            row = {
-                "bench": "plan", "shape": shape, "precision": precision, "prompts": int(size.split("x")[0]),
-                "tokens": found["tokens"], "quantity": quantity, "planned": planned, "measured": measured,
-                "ratio": round(planned / measured, 4),
-                **({"range": found["seconds_range"]} if quantity == "seconds" else {}),
-                "planning_seconds": found["planning_seconds"],
-                "command": f"python scripts/check_plan.py {args.out}", **provenance(),
-            }  # fmt: skip
+        for row in rows_of(shape, precision, size, args):
             rows.append(row)
             print(json.dumps({key: row[key] for key in list(row)[1:9]}), flush=True)
-    write_rows(args.out, rows, replace=not args.append)
+        write_rows(args.out, rows, replace=True)
 
 
 if __name__ == "__main__":

@@ -59,6 +59,13 @@ def items_of(model: MarkupModel, config: WarmupConfig) -> tuple[Item, ...]:
     return work.batches[max(range(len(work.sizes)), key=lambda i: work.sizes[i].longest)]
 
 
+@pytest.fixture(autouse=True)
+def no_cold_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Timed operations need not be those of a large model here."""
+    monkeypatch.setattr("icl_markup.replay._SCRATCH_BYTES", 64)
+    monkeypatch.setattr("icl_markup.replay._CALLS", (1, 2))
+
+
 @pytest.fixture
 def config() -> WarmupConfig:
     """A small warm-up."""
