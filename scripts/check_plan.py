@@ -6,8 +6,8 @@ For shapes of `bench_shapes.py`, and batches of equal prompts of several lengths
 step's forward and backward pass as PyTorch's FlopCounterMode counts them on the real model, memory beyond weights as
 the largest resident set during steps less that before them, and seconds of a step (their median) against the sum of
 operations that the plan times. The plan is made of the configuration and the tokenizer alone. Each measurement is a
-process of its own; in it the real model runs first. Memory is measured twice: with freed pages given back at once, which
-is what PyTorch holds, and with glibc's default, which keeps gaps. `ratio` is the plan's number divided by the measured one.
+process of its own; in it the real model runs first. Memory is measured twice: with freed pages given back at once,
+which is what PyTorch holds, and with glibc's default, which keeps gaps. `ratio` is planned over measured.
 """
 
 from __future__ import annotations
@@ -140,14 +140,15 @@ ALLOCATORS = {"memory_mib": {"MALLOC_MMAP_THRESHOLD_": "65536"}, "memory_mib, gl
 
 def rows_of(shape: str, precision: str, size: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield a row for each quantity of a case."""
-    given = [shape, precision, *size.split("x")]
+    prompts, length = size.split("x")
+    given = [shape, precision, prompts, length]
     found = run_again(["--steps", str(args.steps), "--case", *given], {})
     for name, environment in ALLOCATORS.items():
         found[name] = run_again(["--memory", *given], environment)["memory_mib"]
     for quantity in ("parameters", "flops", "seconds", *ALLOCATORS):
         planned, measured = found[quantity]
         yield {
-            "bench": "plan", "shape": shape, "precision": precision, "prompts": int(size.split("x")[0]),
+            "bench": "plan", "shape": shape, "precision": precision, "prompts": int(prompts),
             "tokens": found["tokens"], "quantity": quantity, "planned": planned, "measured": measured,
             "ratio": round(planned / measured, 4),
             **({"range": found["seconds_range"]} if quantity == "seconds" else {}),
