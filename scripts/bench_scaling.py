@@ -118,7 +118,7 @@ def by_processes(processes: int, steps: int) -> list[float]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "seconds.json"
         given = (processes, f"{folder}/meeting", steps, str(out))
-        torch.multiprocessing.spawn(in_process, given, nprocs=processes)  # type: ignore[no-untyped-call]
+        torch.multiprocessing.spawn(in_process, given, nprocs=processes)  # type: ignore[attr-defined, no-untyped-call]
         return list(json.loads(out.read_text(encoding="utf-8")))
 
 
