@@ -72,6 +72,7 @@ def print_plan(plan: Plan) -> None:
         f"{batches.longest} (of {batches.batches_seen}); composing takes {1000 * plan.compose_seconds:.2g} ms an "
         f"episode here",
         highlight=False,
+        soft_wrap=True,
     )
     for forecast in plan.forecasts:
         _print_forecast(console, forecast)
@@ -81,11 +82,11 @@ def print_plan(plan: Plan) -> None:
         table.add_row(*_told(one))
     console.print(table)
     if any(one.accelerator == "here" for one in plan.durations):
-        console.print("here: the sum of operations, each timed on this machine", highlight=False)
+        console.print("here: the sum of operations, each timed on this machine", highlight=False, soft_wrap=True)
     if any(one.accelerator != "here" for one in plan.durations):
         console.print(
             "other accelerators: of data sheets, with assumed shares of their peaks (icl_markup.accelerators); not "
-            "measured", highlight=False
+            "measured", highlight=False, soft_wrap=True
         )  # fmt: skip
 
 
