@@ -16,6 +16,7 @@ from tqdm import tqdm
 from icl_markup.config import describe, load_config
 from icl_markup.errors import Interrupted, MarkupError, PromptError
 from icl_markup.export_cli import add_commands as add_export_commands
+from icl_markup.plan_cli import add_command as add_plan
 from icl_markup.processes import is_first, leave, let_the_first_speak
 from icl_markup.quantisation import add_argument as add_quantisation
 from icl_markup.serve import add_arguments as add_serve_arguments
@@ -89,6 +90,8 @@ def _split(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         helped = [word for word in arguments[2:] if word in declared]
         rest = [word for word in arguments[2:] if word not in declared]
         return parser.parse_args([*arguments[:2], *helped]), rest
+    if arguments and arguments[0] == "plan":
+        return parser.parse_known_args(arguments)
     return parser.parse_args(arguments), []
 
 
@@ -100,6 +103,8 @@ def _parser() -> argparse.ArgumentParser:
     warmup.add_argument("config", nargs="?", help="a YAML file, such as configs/warmup.yaml")
     warmup.add_argument("-h", "--help", action="store_true")
     warmup.set_defaults(run=_warmup)
+
+    add_plan(commands)
 
     evaluate = commands.add_parser("evaluate", help="measure methods on the same episodes", add_help=False)
     evaluate.add_argument("config", nargs="?", help="a YAML file, such as configs/experiments/news.yaml")

@@ -17,11 +17,13 @@ from icl_markup.layout import Kind
 from icl_markup.quantisation import Quantisation, loading_options, recorded, settle
 from icl_markup.sharded import shard_layers, shards_layers
 
-_AUTO_CLASSES = {
+AUTO_CLASSES = {
     "causal": transformers.AutoModelForCausalLM,
     "seq2seq": transformers.AutoModelForSeq2SeqLM,
     "masked": transformers.AutoModelForMaskedLM,
 }
+"""The class that loads each kind of model."""
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Types of weights and of autocast, by their names in configurations."""
 
@@ -76,6 +78,25 @@ class Loaded:
     precision: Literal["none", "bf16", "fp16"]
 
 
+@dataclass(frozen=True)
+class Source:
+    """What is known of a model before its weights are read."""
+
+    settings: transformers.PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    kind: Kind
+    is_quantised: bool
+
+
+@dataclass(frozen=True)
+class Settled:
+    """The type of weights, the autocast and the attention implementation (None: transformers' choice) of a run."""
+
+    dtype: torch.dtype
+    precision: Literal["none", "bf16", "fp16"]
+    attention: str | None
+
+
 def load_pretrained(config: BackboneConfig) -> Loaded:
     """Load a folder or hub name that transformers loads; weights are read from safetensors only, no code of it is run.
 
@@ -83,39 +104,26 @@ def load_pretrained(config: BackboneConfig) -> Loaded:
         BackboneError: there is no such model, it has no language-model head, or an option, or what the launcher says of
             models split over processes (`icl_markup.sharded`), does not fit.
     """
-    path = resolve(config.name)
-    # Said outright: left open, transformers asks at the terminal whether to run the code that a model brings along.
-    hub: dict[str, Any] = {"trust_remote_code": False} | ({"revision": config.revision} if config.revision else {})
-    device = _device(config.device)
     sharded = shards_layers()
-    try:
-        settings = transformers.AutoConfig.from_pretrained(path, **hub)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, use_fast=True, **hub)
-    except (OSError, ValueError, KeyError) as error:
-        raise BackboneError(f"backbone {config.name!r}: transformers cannot load it: {_first_line(error)}") from error
-    kind: Kind = _kind(settings) if config.kind == "auto" else config.kind
-    is_quantised = config.quantisation not in ("auto", "none") or bool(getattr(settings, "quantization_config", None))
+    source = read_source(config)
+    kind, is_quantised = source.kind, source.is_quantised
     if sharded and is_quantised:
         raise BackboneError(f"backbone {config.name!r} is quantised and cannot be split over processes; launch without")
-    dtype = _dtype(config.dtype, device, is_quantised)
-    quantised = loading_options(config.quantisation, settings, device, dtype, config.name)
-    precision = _precision(config.precision, device, dtype, is_quantised)
-    if sharded and precision == "fp16":  # accelerate would unscale gradients twice where it knows of FSDP
+    device = device_of(config.device)
+    plan = settled(config, source, device)
+    quantised = loading_options(config.quantisation, source.settings, device, plan.dtype, config.name)
+    if sharded and plan.precision == "fp16":  # accelerate would unscale gradients twice where it knows of FSDP
         raise BackboneError("precision fp16 does not go with a backbone split over processes; take bf16 or none")
-    wanted = {} if config.attention == "auto" else {"attn_implementation": config.attention}
-    # A backbone that reads by segments is given long prompts of many queries, where eager takes twice the time.
-    short = not getattr(settings, "icl_markup", None)
-    if config.attention == "auto" and device.type == "cpu" and kind == "masked" and short:
-        wanted = {"attn_implementation": "eager"}
+    wanted = {} if plan.attention is None else {"attn_implementation": plan.attention}
     try:
-        model, report = _AUTO_CLASSES[kind].from_pretrained(
-            path,
-            dtype=dtype,
+        model, report = AUTO_CLASSES[kind].from_pretrained(
+            resolve(config.name),
+            dtype=plan.dtype,
             **wanted,
             **quantised,
             use_safetensors=True,
             output_loading_info=True,
-            **hub,
+            **_hub(config),
         )
     except (OSError, ValueError, ImportError) as error:
         raise BackboneError(f"backbone {config.name!r} as a {kind} model: {_first_line(error)}") from error
@@ -131,12 +139,56 @@ def load_pretrained(config: BackboneConfig) -> Loaded:
             f"backbone {config.name!r} lacks weights of a {kind} language model ({missing[0]}, {len(missing)} in all): "
             "it was saved without its head; choose a checkpoint that has one"
         )
-    revision = config.revision or getattr(settings, "_commit_hash", None)
+    revision = config.revision or getattr(source.settings, "_commit_hash", None)
     settle(model, config.name)
     if sharded:
         shard_layers(model, device)
     placed = model if quantised or sharded else model.to(device)
-    return Loaded(config, placed, tokenizer, kind, revision, precision)
+    return Loaded(config, placed, source.tokenizer, kind, revision, plan.precision)
+
+
+def read_source(config: BackboneConfig) -> Source:
+    """Read a model's configuration and tokenizer, and no weights.
+
+    Raises:
+        BackboneError: one of them is not there or cannot be used, or the kind of model cannot be told.
+    """
+    path = resolve(config.name)
+    try:
+        settings = transformers.AutoConfig.from_pretrained(path, **_hub(config))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, use_fast=True, **_hub(config))
+    except (OSError, ValueError, KeyError) as error:
+        raise BackboneError(f"backbone {config.name!r}: transformers cannot load it: {_first_line(error)}") from error
+    kind: Kind = _kind(settings) if config.kind == "auto" else config.kind
+    is_quantised = config.quantisation not in ("auto", "none") or bool(getattr(settings, "quantization_config", None))
+    return Source(settings, tokenizer, kind, is_quantised)
+
+
+def settled(config: BackboneConfig, source: Source, device: torch.device, *, has_bf16: bool | None = None) -> Settled:
+    """Return what a configuration's ``auto`` stands for on a device.
+
+    Args:
+        config: the configuration.
+        source: what was read of the model.
+        device: where it will be.
+        has_bf16: whether a GPU that is not here computes in bf16; None: ask the one that is.
+
+    Raises:
+        BackboneError: the precision does not go with the device or the quantisation.
+    """
+    dtype = _dtype(config.dtype, device, source.is_quantised, has_bf16)
+    precision = _precision(config.precision, device, dtype, source.is_quantised)
+    attention = None if config.attention == "auto" else config.attention
+    # A backbone that reads by segments is given long prompts of many queries, where eager takes twice the time.
+    short = not getattr(source.settings, "icl_markup", None)
+    if attention is None and device.type == "cpu" and source.kind == "masked" and short:
+        attention = "eager"
+    return Settled(dtype, precision, attention)
+
+
+def _hub(config: BackboneConfig) -> dict[str, Any]:
+    # Said outright: left open, transformers asks at the terminal whether to run the code that a model brings along.
+    return {"trust_remote_code": False} | ({"revision": config.revision} if config.revision else {})
 
 
 def config_of(saved: Mapping[str, Any], *, device: str = "auto", quantisation: Quantisation = "auto") -> BackboneConfig:
@@ -163,7 +215,8 @@ def _kind(settings: transformers.PretrainedConfig) -> Kind:
     )
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """Return the device that a configuration names; auto takes the best that is there."""
     if name != "auto":
         try:
             return torch.device(name)
@@ -174,12 +227,12 @@ def _device(name: str) -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def _dtype(name: str, device: torch.device, is_quantised: bool) -> torch.dtype:
+def _dtype(name: str, device: torch.device, is_quantised: bool, has_bf16: bool | None) -> torch.dtype:
     if name != "auto":
         return DTYPES[name]
     if device.type == "cuda":
         half = torch.float32 if is_quantised else torch.float16  # fp16 trains with loss scaling, under autocast
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else half
+        return torch.bfloat16 if (torch.cuda.is_bf16_supported() if has_bf16 is None else has_bf16) else half
     return torch.float32
 
 

@@ -364,4 +364,4 @@ def _table(backbone: Backbone, tags: Sequence[Tag], initialisation: Initialisati
     rows = initial_rows(
         tags, backbone.embedding, backbone.vocabulary, backbone.encoder.encode, method=initialisation, seed=seed
     )
-    return TagTable(tags, rows, backbone.first_tag_id).to(backbone.device)
+    return TagTable(tags, rows.to(backbone.device), backbone.first_tag_id)

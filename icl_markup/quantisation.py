@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -165,7 +166,7 @@ def settle(model: PreTrainedModel, name: str) -> None:
 
 def is_plain(weight: object) -> TypeGuard[Tensor]:
     """Return whether a weight is an ordinary matrix of floating-point numbers, of which rows can be read."""
-    if not isinstance(weight, Tensor) or type(weight) not in (Tensor, nn.Parameter):
+    if not isinstance(weight, Tensor) or type(weight) not in (Tensor, nn.Parameter, FakeTensor):
         return False
     return weight.is_floating_point() and weight.ndim == 2
 
@@ -195,6 +196,47 @@ def stored_bytes(model: PreTrainedModel) -> int:
     """Return the bytes of everything that a model stores; what is tied counts once."""
     found = {value.data_ptr(): value.numel() * value.element_size() for _, value in stored_tensors(model)}
     return sum(found.values())
+
+
+def form_of(wanted: Quantisation, settings: transformers.PretrainedConfig) -> str:
+    """Return how a model will be quantised that is loaded with these settings of a checkpoint; ``none``: not at all."""
+    own = getattr(settings, "quantization_config", None)
+    if own:
+        return _name_of(own)
+    return "none" if wanted == "auto" else wanted
+
+
+def packed_bytes(model: PreTrainedModel, form: str) -> int:
+    """Return the bytes that a model's weights and buffers take once its linear layers are quantised in some form.
+
+    Args:
+        model: the model as it is before, on fake tensors or real ones; what is tied counts once.
+        form: as `form_of` returns it.
+
+    Raises:
+        BackboneError: it is not known how many bytes a weight takes in that form.
+    """
+    parts = {id(t.untyped_storage()): t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()]}
+    if form == "none":
+        return sum(parts.values())
+    if form not in _PACKED:
+        raise BackboneError(f"cannot tell how many bytes weights take as {form}; known are {', '.join(_PACKED)}")
+    for _, module, _ in linear_layers(model):
+        weight: Any = module.weight
+        rows = weight.shape[0]
+        parts[id(weight.untyped_storage())] = int(_PACKED[form][0] * weight.numel() + _PACKED[form][1] * rows)
+    return sum(parts.values())
+
+
+# Bytes a weight and an output row: int8 of bitsandbytes has an fp32 scale a row; its 4 bits an 8-bit scale for 64
+# weights and an fp32 one for 256 of those; int8 of torchao a scale a row, int4 a scale and a zero for each group.
+_PACKED: dict[str, tuple[float, float]] = {
+    "bitsandbytes-int8": (1.0, 4.0),
+    "bitsandbytes-nf4": (0.5 + 1 / 64 + 4 / (64 * 256), 0.0),
+    "bitsandbytes-fp4": (0.5 + 1 / 64 + 4 / (64 * 256), 0.0),
+    "torchao-int8": (1.0, 4.0),
+    "torchao-int4": (0.5 + 4 / _GROUP, 0.0),
+}
 
 
 def linear_layers(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module, int]]:

@@ -37,8 +37,8 @@ class Start:
     checksums: tuple[str, ...]
 
     @classmethod
-    def of(cls, config: WarmupConfig, backbone: Backbone) -> Start:
-        """Read what a configuration begins with.
+    def of(cls, config: WarmupConfig, backbone: Backbone | None) -> Start:
+        """Read what a configuration begins with; without a backbone, files are not compared with it.
 
         Raises:
             WarmupError: the template has no tags, or none is left to train.
@@ -54,7 +54,8 @@ class Start:
         files = [read_tags(tags) for tags in config.start_from]
         if not files:
             return cls(template, {}, _frozen(config, template, {}), None, ())
-        _check_backbone(files, backbone)
+        if backbone is not None:
+            _check_backbone(files, backbone)
         vectors, parents = gathered(files, [tag.name for tag in template.tags])
         return cls(
             widened(template, vectors),

@@ -135,7 +135,7 @@ class _Warmup:
         plan = config.optimiser
         self.stream = PromptStream(
             model.markup,
-            EpisodeSampler(tasks, _for_tasks(config.episodes, tasks, config.most_tasks), config.seed),
+            EpisodeSampler(tasks, for_tasks(config.episodes, tasks, config.most_tasks), config.seed),
             window=plan.window,
             batch_tokens=plan.batch_tokens,
             batches_per_step=plan.batches_per_step,
@@ -399,7 +399,7 @@ def _check_trainable(model: MarkupModel) -> None:
     check_gradients(backbone.model, dtype)
 
 
-def _for_tasks(episodes: EpisodeConfig, tasks: Sequence[Task], most: int | None) -> EpisodeConfig:
+def for_tasks(episodes: EpisodeConfig, tasks: Sequence[Task], most: int | None) -> EpisodeConfig:
     """Leave out the weights of tasks that were not chosen; where all are used, an unknown name stays an error."""
     if most is None:
         return episodes

@@ -19,6 +19,7 @@ _GROUPS = {
     "Backbone and tags": "tags loading quantisation backbone batching names model scoring sharing packing prefixes"
     " exactness segments",
     "Warm-up": "warmup warmup_config start stream checkpoint run_folder lock files",
+    "Planning": "plan plan_cli study skeleton ledger workload replay accelerators",
     "Tag folders": "tagfile fingerprint card hub push compose composition ancestry tag_commands",
     "Tags in other tools": "export_merged export_peft import_peft export_payloads placement merging exported"
     " export_check export_cli",

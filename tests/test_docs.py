@@ -164,6 +164,7 @@ def helps() -> str:
     with contextlib.redirect_stdout(out):
         for command in (
             "warmup",
+            "plan",
             "evaluate",
             "report",
             "fit",
