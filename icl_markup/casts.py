@@ -20,19 +20,28 @@ from icl_markup.loading import DTYPES
 
 
 @contextmanager
-def cast_once(backbone: Backbone) -> Iterator[None]:
+def cast_once(backbone: Backbone) -> Iterator[int]:
     """While active, frozen linear layers keep their weights in the type of the backbone's autocast, beside their own.
 
-    Outside autocast they compute as ever. Does nothing for a backbone without autocast, or whose
-    layers are split over processes. The weights must not change.
+    Outside autocast they compute as ever. Does nothing for a backbone without autocast, or whose layers are split over
+    processes. The weights must not change.
+
+    Yields:
+        The bytes of the casts.
     """
     layers: list[nn.Linear] = []
     if backbone.precision != "none" and not backbone.is_sharded:  # copies would bring whole layers back
-        layers = [m for m in backbone.model.modules() if type(m) is nn.Linear and _is_frozen(m)]
+        head = backbone.model.get_output_embeddings()  # is read for candidates alone, in fp32
+        layers = [m for m in backbone.model.modules() if type(m) is nn.Linear and m is not head and _is_frozen(m)]
+    casts: list[Tensor] = []
     for layer in layers:
-        layer.forward = partial(_forward, layer, DTYPES[backbone.precision], {})  # type: ignore[method-assign]
+        dtype = DTYPES[backbone.precision]
+        weight = layer.weight.to(dtype)
+        bias = None if layer.bias is None else layer.bias.to(dtype)
+        casts += [weight] if bias is None else [weight, bias]
+        layer.forward = partial(_forward, layer, weight, bias)  # type: ignore[method-assign]
     try:
-        yield
+        yield sum(cast.numel() * cast.element_size() for cast in casts)
     finally:
         for layer in layers:
             del layer.forward
@@ -42,13 +51,8 @@ def _is_frozen(layer: nn.Linear) -> bool:
     return layer.weight.dtype == torch.float32 and not any(p.requires_grad for p in layer.parameters())
 
 
-def _forward(layer: nn.Linear, dtype: torch.dtype, kept: dict[str, Tensor | None], given: Tensor) -> Tensor:
-    if not torch.is_autocast_enabled(given.device.type) or torch.get_autocast_dtype(given.device.type) != dtype:
-        return F.linear(given, layer.weight, layer.bias)
-    if not kept:  # at first use, so that a layer that is never used costs nothing
-        with torch.inference_mode(False), torch.no_grad():  # validation may use it first, in inference mode
-            kept["weight"] = layer.weight.to(dtype)
-            kept["bias"] = None if layer.bias is None else layer.bias.to(dtype)
-    weight = kept["weight"]
-    assert weight is not None
-    return F.linear(given, weight, kept["bias"])
+def _forward(layer: nn.Linear, weight: Tensor, bias: Tensor | None, given: Tensor) -> Tensor:
+    kind = given.device.type
+    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == weight.dtype:
+        return F.linear(given, weight, bias)
+    return F.linear(given, layer.weight, layer.bias)

@@ -37,10 +37,10 @@ def check_exactness(backbone: Backbone) -> Exactness:
     if not takes_masks(backbone):
         return Exactness(0, f"attention {attention_of(backbone)!r} may take no mask for each two tokens")
     obstacle = _obstacle(backbone)
-    return Exactness(0 if obstacle else _longest_exact(backbone.model.config), obstacle)
+    return Exactness(0 if obstacle else longest_exact(backbone.model.config), obstacle)
 
 
-def _longest_exact(config: Any) -> int:
+def longest_exact(config: Any) -> int:
     """Return the longest sequence in which every layer sees all that is before a token, at one and the same angle.
 
     Layers that see a window, or the chunk that a token is in, see all of what is not longer. Rotary embeddings whose

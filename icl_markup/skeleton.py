@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from icl_markup.backbone import Backbone
 from icl_markup.errors import BackboneError
+from icl_markup.exactness import Exactness, longest_exact
 from icl_markup.loading import AUTO_CLASSES, BackboneConfig, checkpoint_gradients, read_source, settled
 from icl_markup.quantisation import form_of, packed_bytes
 
@@ -66,6 +67,18 @@ class Skeleton(Backbone):
         if config.gradient_checkpointing:
             checkpoint_gradients(model)
         return skeleton
+
+    @property
+    def exactness(self) -> Exactness:  # type: ignore[override]
+        """Taken for granted where the configuration does not speak against it; a run checks it."""
+        if self.kind != "causal":
+            return Exactness(0)
+        return Exactness(longest_exact(self.model.config))
+
+    @property
+    def sees_nothing_ahead(self) -> bool:  # type: ignore[override]
+        """Likewise."""
+        return self.kind == "causal"
 
     def _check_head(self) -> None:
         """There are no logits to compare."""

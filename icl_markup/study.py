@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from icl_markup.accelerators import Accelerator, roofline
 from icl_markup.backbone import Backbone
+from icl_markup.casts import cast_once
 from icl_markup.errors import BackboneError
 from icl_markup.ledger import Ledger
 from icl_markup.model import MarkupModel
@@ -177,9 +178,12 @@ def observed(model: MarkupModel, items: Sequence[Item], all_slots: bool) -> tupl
     """
     assert model.table is not None
     backbone = model.backbone
+    if backbone.kind == "causal":  # is found out at first use, which is none of the batch's cost
+        assert backbone.exactness and backbone.sees_nothing_ahead is not None
     ledger = Ledger([*backbone.model.parameters(), *backbone.model.buffers(), *model.table.parameters()])
     try:
-        with ledger, _head_noted(backbone, ledger):
+        with cast_once(backbone) as casts, ledger, _head_noted(backbone, ledger):
+            ledger.alive = ledger.peak = ledger.casts = casts
             terms = model.loss_terms([item.prompt for item in items], [item.episode for item in items], all_slots)
             loss = F.cross_entropy(terms.scores, terms.targets, reduction="sum", ignore_index=-1)
             alive = (ledger.alive, ledger.casts)

@@ -3,8 +3,8 @@
     python scripts/bench_attention.py results/bench/attention.jsonl
 
 Layers of a causal (Llama) and a masked (BERT) model, random weights, batches of about 2,048 tokens in prompts of unlike
-length (padding of up to a quarter). Implementations take turns within one process on the same batch; a ratio is of
-neighbours in time.
+length (padding of up to a quarter). Causal models are given no mask for padding, as `Backbone` does. Implementations
+take turns within one process on the same batch; a ratio is of neighbours in time.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def model_of(kind: str, head: int) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def timed(model: Any, vectors: torch.Tensor, mask: torch.Tensor, trains: bool, precision: str) -> float:
+def timed(model: Any, vectors: torch.Tensor, mask: torch.Tensor | None, trains: bool, precision: str) -> float:
     """Return the seconds of one pass, backward through activations included if `trains`."""
     extra = {"use_cache": False} if isinstance(model, transformers.LlamaModel) else {}
     began = time.perf_counter()
@@ -57,7 +57,7 @@ def row_of(kind: str, head: int, length: int, trains: bool, precision: str, repe
     prompts = max(1, TOKENS // length)
     vectors = torch.randn(prompts, length, WIDTH, generator=torch.Generator().manual_seed(1))
     lengths = torch.linspace(0.75 * length, length, prompts).round().long() if prompts > 1 else torch.tensor([length])
-    mask = (torch.arange(length)[None] < lengths[:, None]).long()
+    mask = None if kind == "causal" else (torch.arange(length)[None] < lengths[:, None]).long()
     seconds: dict[str, list[float]] = {name: [] for name in IMPLEMENTATIONS}
     for turn in range(repeats + 1):
         for name in IMPLEMENTATIONS:

@@ -35,11 +35,13 @@ def test_a_weight_is_cast_once_and_its_layer_is_as_before_afterwards() -> None:
     layer = backbone.model.model.layers[0].mlp.up_proj
     plain = plain_logits(backbone)
     before = backbone.candidate_logits(batch, model.table)
-    with cast_once(backbone):
+    with cast_once(backbone) as size:
+        linear = [m for n, m in backbone.model.named_modules() if "layers" in n and isinstance(m, torch.nn.Linear)]
+        assert size == 2 * sum(p.numel() for m in linear for p in m.parameters())
         first = backbone.candidate_logits(batch, model.table)
-        kept = layer.forward.args[2]["weight"]
+        kept = layer.forward.args[1]
         second = backbone.candidate_logits(batch, model.table)
-        assert layer.forward.args[2]["weight"] is kept and kept.dtype == torch.bfloat16
+        assert layer.forward.args[1] is kept and kept.dtype == torch.bfloat16
         assert torch.equal(plain_logits(backbone), plain)  # outside autocast weights are their own
     assert torch.equal(before, first) and torch.equal(first, second)
     assert "forward" not in vars(layer)

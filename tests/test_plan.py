@@ -29,6 +29,7 @@ from icl_markup.study import observed
 from icl_markup.warmup_config import OptimiserConfig, ValidationConfig, WarmupConfig
 from icl_markup.workload import Curve, Size, Workload
 from tests.conftest import KINDS, TEXTS, tiny_backbone, tiny_task
+from tests.test_activations import counted
 
 CASES = (*KINDS, "segments")
 
@@ -86,21 +87,16 @@ def measured(model: MarkupModel, items: tuple[Item, ...], all_slots: bool = True
     formulas = {aten._scaled_dot_product_flash_attention_for_cpu: attention,
                 aten._scaled_dot_product_flash_attention_for_cpu_backward: backward}  # fmt: skip
     lying = [*model.backbone.model.parameters(), *model.backbone.model.buffers(), *model.table.parameters()]
-    known = {tensor.data_ptr() for tensor in lying}
+    known = {tensor.untyped_storage().data_ptr() for tensor in lying}
     kept: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
+    if model.backbone.kind == "causal":  # is found out once, at first use
+        assert model.backbone.exactness.limit and model.backbone.sees_nothing_ahead
     with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with counted(kept):
             terms = model.loss_terms([i.prompt for i in items], [i.episode for i in items], all_slots)
             loss = torch.nn.functional.cross_entropy(terms.scores, terms.targets, ignore_index=-1, reduction="sum")
         loss.backward()
-    return counter.get_total_flops(), sum(kept.values())
+    return counter.get_total_flops(), sum(size for place, size in kept.items() if place not in known)
 
 
 @pytest.mark.parametrize("case", CASES)
