@@ -8,7 +8,7 @@ say what a layer reads from, not what decides the answer (Jain & Wallace 2019, a
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PreTrainedModel
 
+from icl_markup.attention_kernels import eager
 from icl_markup.batching import Batch
 from icl_markup.episodes import Episode
 from icl_markup.errors import BackboneError, PromptError
@@ -169,24 +169,3 @@ def _row(layer: Tensor, batch: Batch, reading: Reading, position: int) -> Tensor
     row = torch.zeros(length)
     row[kept] = layer[int(reading.places[0, position])][: len(kept)]
     return row
-
-
-@contextmanager
-def eager(model: PreTrainedModel) -> Iterator[None]:
-    """While active, a model's attention is computed step by step, so that there are weights to tell.
-
-    Raises:
-        BackboneError: the model cannot change how it computes attention.
-    """
-    before = model.config._attn_implementation
-    if before == "eager":
-        yield
-        return
-    try:
-        model.set_attn_implementation("eager")
-    except (ValueError, ImportError) as error:
-        raise BackboneError(f"{type(model).__name__} tells no attention: {str(error).splitlines()[0]}") from error
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache
 
 from icl_markup.activations import lean_activations
+from icl_markup.attention_kernels import can_switch, eager, trains_faster_eager
 from icl_markup.batching import Batch
 from icl_markup.beginnings import beginning_length, computed, without_beginning
 from icl_markup.devices import to_device
@@ -56,6 +57,8 @@ class Backbone:
         embedding: the module whose calls turn ids into vectors; in a sequence-to-sequence model the encoder's.
         max_length: the longest prompt in tokens.
         lock: held while the model runs: for that time its head and its embedding are not its own.
+        chooses_attention: whether the implementation of attention may be chosen by a batch's length
+            (`icl_markup.attention_kernels`); false where a configuration names one.
         quantisation: how its linear layers are quantised; ``none`` where they are not.
         local_layers: how many lower layers read a prompt segment by segment (`icl_markup.segments`); 0: none. Where
             there are any, queries in one prompt do not see each other.
@@ -75,6 +78,7 @@ class Backbone:
         revision: str | None = None,
         precision: Literal["none", "bf16", "fp16"] = "none",
         max_length: int | None = None,
+        chooses_attention: bool = True,
     ):
         self.model = model.eval().requires_grad_(False)
         self.lock = RLock()
@@ -83,6 +87,7 @@ class Backbone:
         self.name = name or str(getattr(model, "name_or_path", ""))
         self.revision = revision
         self.precision = precision
+        self.chooses_attention = chooses_attention
         self.encoder = TextEncoder(tokenizer)
         self.layout = Layout.of(tokenizer, kind)
         self.embedding: nn.Module = (
@@ -123,6 +128,7 @@ class Backbone:
             revision=loaded.revision,
             precision=loaded.precision,
             max_length=loaded.config.max_length,
+            chooses_attention=loaded.config.attention == "auto",
         )
         if loaded.config.gradient_checkpointing:
             checkpoint_gradients(loaded.model)
@@ -333,9 +339,16 @@ class Backbone:
         tags = substituted(self.embedding, table) if table is not None else nullcontext()
         is_trained = torch.is_grad_enabled() and not self._recomputes
         lean = lean_activations(self.model) if is_trained else nullcontext()
-        with self.lock, tags, lean, self._head_bypassed() as kept, self.autocast():
+        stepwise = eager(self.model) if is_trained and self._trains_faster_eager(inputs) else nullcontext()
+        with self.lock, tags, lean, stepwise, self._head_bypassed() as kept, self.autocast():
             self.model(**inputs)
         return kept[0]
+
+    def _trains_faster_eager(self, inputs: Mapping[str, Any]) -> bool:
+        ids = inputs.get("input_ids", inputs.get("inputs_embeds"))
+        if not self.chooses_attention or self.local_layers or ids is None:
+            return False
+        return trains_faster_eager(self.device, self.precision, ids.shape[1]) and can_switch(self.model)
 
     @property
     def _recomputes(self) -> bool:

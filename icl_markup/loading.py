@@ -56,8 +56,8 @@ class BackboneConfig:
     """cpu, cuda, cuda:1, mps …; auto takes the best that is there."""
 
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
-    """The attention implementation; auto is eager for masked models on a CPU, where it is faster for short
-    prompts (but not for a model that reads by segments), and the choice of transformers elsewhere."""
+    """The attention implementation; auto is that of transformers (sdpa where a model has it) and, on a CPU, eager for
+    batches that train faster so: short prompts under bf16 autocast."""
 
     max_length: int | None = None
     """The longest prompt in tokens; null: the model's own limit."""
@@ -179,10 +179,6 @@ def settled(config: BackboneConfig, source: Source, device: torch.device, *, has
     dtype = _dtype(config.dtype, device, source.is_quantised, has_bf16)
     precision = _precision(config.precision, device, dtype, source.is_quantised)
     attention = None if config.attention == "auto" else config.attention
-    # A backbone that reads by segments is given long prompts of many queries, where eager takes twice the time.
-    short = not getattr(source.settings, "icl_markup", None)
-    if attention is None and device.type == "cpu" and source.kind == "masked" and short:
-        attention = "eager"
     return Settled(dtype, precision, attention)
 
 

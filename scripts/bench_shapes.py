@@ -129,6 +129,4 @@ def backbone_of(shape: str, precision: str) -> Backbone:
     torch.manual_seed(0)
     kind, build = _BUILDERS[shape]
     model, tokenizer = build()
-    if kind == "masked":
-        model.set_attn_implementation("eager")
     return Backbone(model, tokenizer, kind, name=shape, precision=autocast)  # type: ignore[arg-type]
