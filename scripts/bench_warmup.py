@@ -8,12 +8,16 @@
 - trainable tokens: PEFT's TrainableTokens with transformers' full-vocabulary loss in its Trainer, tags in spare rows
 - lora: PEFT's LoRA of rank 8 in the Trainer; tags are not trained
 - full: full fine-tuning in the Trainer
-- limit: forward plus backward through the activations of the same body on the same tokens: no head, no optimiser
+- limit: forward plus backward through the activations of the same body on the same tokens, as transformers computes
+  them: no head, no tags, no optimiser
 
-All but the natural batches are 4 equal prompts of 256 tokens. Ways take turns in processes of their own; a process
-makes two steps, then times some. Ratios are of neighbours in time, so that a slow minute slows both. Memory is the
-largest resident set during steps less that before the first one: activations, gradients and optimiser states, which is
-all beyond weights. Shapes are in `bench_shapes.py`; weights are random.
+All but the natural batches are 4 equal prompts of 256 tokens. Ours and the limit take turns in one process, round by
+round; each of the others runs in a process of its own, in which ours went before it. A ratio is of neighbours
+in time, so that a slow minute slows both. Weights are random, shapes are in `bench_shapes.py`.
+
+Memory is the largest resident set during a step less that before the first one: activations, gradients and optimiser
+states, which is all beyond weights. It is taken in a process of its own whose allocator returns what is freed at once
+(`MALLOC_MMAP_THRESHOLD_`), for every way alike: gaps that glibc keeps vary by hundreds of MiB from run to run.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -37,6 +42,7 @@ from bench_shapes import SHAPES, backbone_of, sample_tasks
 
 from icl_markup import EpisodeConfig, MarkupModel, WarmupConfig
 from icl_markup.batching import Batch
+from icl_markup.casts import cast_once
 from icl_markup.prompt import Prompt
 from icl_markup.results import provenance, write_rows
 from icl_markup.start import Start
@@ -44,10 +50,14 @@ from icl_markup.stream import Item, Position, Step
 from icl_markup.warmup import _Warmup as Warmup
 from icl_markup.warmup_config import OptimiserConfig
 
-WAYS = ("ours", "limit", "trainable tokens", "ours, natural", "lora", "full")
+OWN = ("ours", "limit", "ours, natural")
+PEERS = ("trainable tokens", "lora", "full")
 PROMPTS, LENGTH = 4, 256
-FIRST = 2
+FIRST = 1
 """Steps before the clock starts."""
+
+NATURAL = 3
+"""Natural batches a round."""
 
 
 def warmup_of(model: MarkupModel, out: str) -> Warmup:
@@ -76,7 +86,7 @@ def ours(model: MarkupModel, out: str) -> Callable[[], int]:
     step = Step((tuple(equal_items(warmup)),), Position(), 0)
 
     def run() -> int:
-        warmup._step(step)
+        warmup._step(step).read()
         return sum(len(item.prompt.ids) for item in step.batches[0])
 
     return run
@@ -89,7 +99,7 @@ def ours_natural(model: MarkupModel, out: str) -> Callable[[], int]:
 
     def run() -> int:
         step = next(steps)
-        warmup._step(step)
+        warmup._step(step).read()
         return sum(len(item.prompt.ids) for batch in step.batches for item in batch)
 
     return run
@@ -112,9 +122,9 @@ def limit(model: MarkupModel, out: str) -> Callable[[], int]:
 
     def run() -> int:
         vectors = embedded.clone().requires_grad_()
-        with backbone._segments(batch) as reading:
-            states = backbone.hidden_states({"inputs_embeds": vectors, **inputs, **reading.inputs})
-        states[:, -1].float().sum().backward()
+        with backbone._segments(batch) as reading, backbone._head_bypassed() as kept, backbone.autocast():
+            backbone.model(inputs_embeds=vectors, **inputs, **reading.inputs)
+        kept[0][:, -1].float().sum().backward()
         return int(ids.numel())
 
     return run
@@ -177,64 +187,96 @@ def _features(model: MarkupModel, prompts: list[Prompt]) -> tuple[dict[str, torc
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}, spare
 
 
-def run(way: str, shape: str, precision: str, steps: int) -> dict[str, Any]:
-    """Time some steps in this process; return seconds and tokens of each, and the memory beyond weights in MiB."""
-    model = MarkupModel(backbone_of(shape, precision))
-    with tempfile.TemporaryDirectory() as out:
-        if way in ("ours", "ours, natural", "limit"):
-            make = {"ours": ours, "ours, natural": ours_natural, "limit": limit}[way](model, out)
-            with Memory() as memory:
-                for _ in range(FIRST):
-                    make()
-                seconds, tokens = [], []
-                for _ in range(steps):
-                    began = time.perf_counter()
-                    tokens.append(make())
-                    seconds.append(time.perf_counter() - began)
-        else:
-            train, ended = peer(way, model, out, precision, steps)
-            with Memory() as memory:
-                train()
-            seconds = [b - a for a, b in itertools.pairwise(ended[FIRST - 1 :])]
-            tokens = [PROMPTS * LENGTH] * steps
-    return {"seconds": seconds, "tokens": tokens, "memory": memory.grown}
+def own(way: str, model: MarkupModel, out: str) -> Callable[[], int]:
+    """Return a function that makes a step of one of `OWN`."""
+    return {"ours": ours, "ours, natural": ours_natural, "limit": limit}[way](model, out)
 
 
-def measured(args: argparse.Namespace, shape: str, precision: str) -> dict[str, list[dict[str, Any]]]:
-    """Run every way in turn, so many times."""
-    found: dict[str, list[dict[str, Any]]] = {way: [] for way in args.ways}
-    for _ in range(args.repeats):
-        for way in args.ways:
-            command = [sys.executable, __file__, "-", "--way", way, "--shapes", shape, "--precisions", precision]
-            done = subprocess.run([*command, "--steps", str(args.steps)], capture_output=True, text=True, check=False)
-            if done.returncode:
-                sys.exit(f"{way}, {shape}, {precision} failed:\n{done.stderr[-3000:]}")
-            found[way].append(json.loads(done.stdout.splitlines()[-1]))
+def timed(make: Callable[[], int]) -> tuple[float, int]:
+    """Return a step's seconds and its tokens."""
+    began = time.perf_counter()
+    tokens = make()
+    return time.perf_counter() - began, tokens
+
+
+def together(shape: str, precision: str, rounds: int, out: str) -> dict[str, list[tuple[float, int]]]:
+    """Time `OWN` in turn; return seconds and tokens of every step."""
+    model, plain = MarkupModel(backbone_of(shape, precision)), MarkupModel(backbone_of(shape, precision))
+    with cast_once(model.backbone):
+        steps = {way: own(way, plain if way == "limit" else model, out) for way in OWN}
+        for make in steps.values():
+            make()
+        found: dict[str, list[tuple[float, int]]] = {way: [] for way in OWN}
+        for _ in range(rounds):
+            for way, make in steps.items():
+                found[way] += [timed(make) for _ in range(NATURAL if way == "ours, natural" else 1)]
     return found
 
 
+def beside(way: str, shape: str, precision: str, steps: int, out: str) -> dict[str, list[tuple[float, int]]]:
+    """Time ours, and then a peer, on one model."""
+    model = MarkupModel(backbone_of(shape, precision))
+    with cast_once(model.backbone):
+        make = ours(model, out)
+        make()
+        before = [timed(make) for _ in range(steps)]
+    train, ended = peer(way, model, out, precision, steps)
+    train()
+    return {"ours": before, way: [(b - a, PROMPTS * LENGTH) for a, b in itertools.pairwise(ended[FIRST - 1 :])]}
+
+
+def memory_of(way: str, shape: str, precision: str, out: str) -> float:
+    """Return by how many MiB the process grows in two steps."""
+    model = MarkupModel(backbone_of(shape, precision))
+    if way in PEERS:
+        train, _ = peer(way, model, out, precision, 1)
+        with Memory() as memory:
+            train()
+        return memory.grown
+    make = own(way, model, out)
+    with Memory() as memory, cast_once(model.backbone):
+        make()
+        make()
+    return memory.grown
+
+
+def child(*args: str, returns_pages: bool = False) -> Any:
+    """Measure something in a process of its own."""
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"} if returns_pages else None
+    command = [sys.executable, __file__, "-", *args]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    if done.returncode:
+        sys.exit(f"{' '.join(args)} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def rows_of(args: argparse.Namespace, shape: str, precision: str) -> Iterator[dict[str, Any]]:
-    """Yield a row a way: its time as a multiple of the limit's, and by how many times ours is faster."""
-    found = measured(args, shape, precision)
-    per_token = {
-        way: [statistics.median(s / t for s, t in zip(one["seconds"], one["tokens"], strict=True)) for one in runs]
-        for way, runs in found.items()
-    }
-    if "ours, natural" in found:  # its batches differ in length: all of them together
-        per_token["ours, natural"] = [sum(one["seconds"]) / sum(one["tokens"]) for one in found["ours, natural"]]
-    for way in args.ways:
-        times = {
-            f"times_{other}": [a / b for a, b in zip(per_token[way], per_token[other], strict=True)]
+    """Yield a row a way: tokens a second, its time in multiples of the limit's and of ours, and its memory."""
+    what = ["--shapes", shape, "--precisions", precision, "--rounds", str(args.rounds)]
+    found = child(*what, "--do", "together")
+    times = {way: [sum(s for s, _ in steps) / sum(t for _, t in steps)] for way, steps in found.items()}
+    pairs: dict[str, dict[str, list[float]]] = {}
+    for way in OWN:
+        each = NATURAL if way == "ours, natural" else 1
+        rounds = [found[way][i : i + each] for i in range(0, len(found[way]), each)]
+        mine = [sum(s for s, _ in one) / sum(t for _, t in one) for one in rounds]
+        pairs[way] = {
+            f"times_{other}": [a / (s / t) for a, (s, t) in zip(mine, found[other], strict=True)]
             for other in ("limit", "ours")
-            if other in per_token
         }
+    for way in args.peers:
+        both = child(*what, "--do", "beside", "--way", way)
+        before = statistics.median(s / t for s, t in both["ours"])
+        times[way] = [statistics.median(s / t for s, t in both[way])]
+        pairs[way] = {"times_ours": [s / t / before for s, t in both[way]]}
+    for way in (*OWN, *args.peers):
+        memory = child(*what, "--do", "memory", "--way", way, returns_pages=True)
         yield {
             "bench": "warmup", "shape": shape, "precision": precision, "way": way,
-            "tokens_a_second": round(1 / statistics.median(per_token[way]), 1),
-            **{name: round(statistics.median(ratios), 3) for name, ratios in times.items()},
-            **{f"{name}_range": [round(min(ratios), 3), round(max(ratios), 3)] for name, ratios in times.items()},
-            "memory_mib": round(statistics.median(one["memory"] for one in found[way])),
-            "repeats": args.repeats, "steps": args.steps,
+            "tokens_a_second": round(1 / times[way][0], 1),
+            **{name: round(statistics.median(ratios), 3) for name, ratios in pairs[way].items()},
+            **{f"{name}_range": [round(min(r), 3), round(max(r), 3)] for name, r in pairs[way].items()},
+            "memory_mib": round(memory), "rounds": args.rounds,
             "command": f"python scripts/bench_warmup.py {args.out}", **provenance(),
         }  # fmt: skip
 
@@ -244,21 +286,28 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--do", choices=("together", "beside", "memory"), help=argparse.SUPPRESS)
+    parser.add_argument("--way", choices=(*OWN, *PEERS), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.way:
-        print(json.dumps(run(args.way, args.shapes[0], args.precisions[0], args.steps)))
+    if args.do:
+        shape, precision = args.shapes[0], args.precisions[0]
+        with tempfile.TemporaryDirectory() as out:
+            if args.do == "together":
+                print(json.dumps(together(shape, precision, args.rounds, out)))
+            elif args.do == "beside":
+                print(json.dumps(beside(args.way, shape, precision, args.rounds, out)))
+            else:
+                print(json.dumps(memory_of(args.way, shape, precision, out)))
         return
-    rows: list[dict[str, Any]] = []
     for shape in args.shapes:
         for precision in args.precisions:
+            rows = []
             for row in rows_of(args, shape, precision):
                 rows.append(row)
-                print(json.dumps({key: row[key] for key in list(row)[1:11]}), flush=True)
-            write_rows(args.out, rows, replace=True)
+                print(json.dumps({key: row[key] for key in list(row)[1:10]}), flush=True)
+            write_rows(args.out, rows, replace=False)
 
 
 if __name__ == "__main__":
