@@ -21,6 +21,7 @@ from transformers.cache_utils import DynamicCache
 
 from icl_markup.activations import lean_activations
 from icl_markup.attention_kernels import can_switch, eager, trains_faster_eager
+from icl_markup.backbone_checks import check_head, check_sees_nothing_ahead, check_segments
 from icl_markup.batching import Batch
 from icl_markup.beginnings import beginning_length, computed, without_beginning
 from icl_markup.devices import to_device
@@ -30,7 +31,6 @@ from icl_markup.layout import Kind, Layout
 from icl_markup.loading import DTYPES, BackboneConfig, checkpoint_gradients, length_limit, load_pretrained
 from icl_markup.quantisation import is_plain, quantisation_of, stored_tensors
 from icl_markup.segments import (
-    HEAD,
     Reading,
     encoder_layers,
     local_layers,
@@ -39,7 +39,7 @@ from icl_markup.segments import (
     set_global_heads,
 )
 from icl_markup.sharded import is_sharded
-from icl_markup.tags import Tag, TagTable, substituted
+from icl_markup.tags import TagTable, substituted
 from icl_markup.text import TextEncoder
 
 __all__ = ["Backbone", "BackboneConfig"]
@@ -108,9 +108,12 @@ class Backbone:
         if self.local_layers:
             encoder_layers(model)
             set_global_heads(model)
-        self._check_head()
+        self._check()
+
+    def _check(self) -> None:
+        check_head(self)
         if self.local_layers:
-            self._check_segments()
+            check_segments(self)
 
     @classmethod
     def load(cls, config: BackboneConfig | str = "embedded") -> Backbone:
@@ -167,30 +170,6 @@ class Backbone:
         """Whether it computes in fp32 throughout, so that the same answer by another way differs by little rounding."""
         first = next(self.model.parameters()).dtype
         return self.precision == "none" and self.quantisation == "none" and first == torch.float32
-
-    def check_lookups(self) -> None:
-        """Check that the ids of tags are looked up nowhere but in the input embedding; at no cost for most models.
-
-        Raises:
-            BackboneError: each layer looks ids up in a table of its own, as in the small models of Gemma 4.
-        """
-        tables = [m for n, m in self.model.named_modules() if n.endswith("embed_tokens_per_layer")]
-        tag = torch.tensor([[self.first_tag_id]], device=self.device)
-        row = torch.zeros(1, self.width, device=self.device)
-        hooks = [table.register_forward_pre_hook(self._refuse_tags) for table in tables]
-        try:
-            if hooks:  # Gemma 3n masks the ids that are beyond that table, which only a pass shows
-                self.hidden_states({"input_ids": tag, "use_cache": False}, TagTable([Tag("<a>")], row, int(tag)))
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def _refuse_tags(self, _table: nn.Module, args: tuple[Any, ...]) -> None:
-        if bool((args[0] >= self.first_tag_id).any()):
-            raise BackboneError(
-                f"backbone {self.name!r} ({type(self.model).__name__}) looks token ids up in every layer, where soft "
-                "tokens have no row; choose a model without such tables, or a template in plain words"
-            )
 
     @property
     def is_sharded(self) -> bool:
@@ -305,7 +284,7 @@ class Backbone:
         if not self._needs_no_mask(batch):
             inputs["attention_mask"] = to_device(batch.attention_mask, self.device)
         if self.kind == "seq2seq":
-            inputs["decoder_input_ids"] = self._decoder_ids(batch)
+            inputs["decoder_input_ids"] = self.decoder_ids(batch)
         if self.kind != "masked":
             inputs["use_cache"] = False
         with self.lock, self._segments(batch) as reading:
@@ -325,14 +304,7 @@ class Backbone:
     @cached_property
     def sees_nothing_ahead(self) -> bool:
         """Whether a token's states are the same, to the bit, whatever follows it; checked at first use."""
-        ids = [*self.layout.prefix, *self.encoder.encode(" a b c")][: max(1, self.max_length - 2)]
-        found = []
-        with torch.no_grad():
-            for ends in (" d e", " f g"):
-                line = torch.tensor([[*ids, *self.encoder.encode(ends)][: self.max_length]], device=self.device)
-                states = self.hidden_states({"input_ids": line, "use_cache": False})
-                found.append((line.shape, states[0, : len(ids)]))
-        return found[0][0] == found[1][0] != (1, len(ids)) and torch.equal(found[0][1], found[1][1])
+        return check_sees_nothing_ahead(self)
 
     def hidden_states(self, inputs: Mapping[str, Any], table: TagTable | None = None) -> Tensor:
         """Run the model on its own keyword arguments; return what its head is given, (rows, length, hidden width)."""
@@ -360,7 +332,8 @@ class Backbone:
             return nullcontext(Reading({}, None))
         return segment_attention(self.model, batch.segments, batch.anchors, self.device)
 
-    def _decoder_ids(self, batch: Batch) -> Tensor:
+    def decoder_ids(self, batch: Batch) -> Tensor:
+        """Return the ids that a sequence-to-sequence decoder is given, (prompts, decoder length)."""
         start = self.model.config.decoder_start_token_id
         ids = torch.full((len(batch.input_ids), 1), start, device=self.device)
         return ids if batch.decoder_ids is None else torch.cat([ids, to_device(batch.decoder_ids, self.device)], dim=1)
@@ -400,46 +373,3 @@ class Backbone:
             logits = logits / config.logits_scaling
         cap = getattr(config, "final_logit_softcapping", None)
         return torch.tanh(logits / cap) * cap if cap else logits
-
-    @torch.no_grad()
-    def _check_head(self) -> None:
-        """Compare our logits with the model's own on one short input; refuse a model where they differ."""
-        ids = [*self.layout.prefix, *self.encoder.encode(" a b c"), *self.layout.suffix][: self.max_length]
-        tokens = self.vocabulary[:26].cpu()
-        batch = Batch.of_ids([ids], [(0, 0 if self.kind == "seq2seq" else len(ids) - 1)], tokens[None])
-        inputs = {"input_ids": batch.input_ids.to(self.device)}
-        if self.kind == "seq2seq":
-            inputs["decoder_input_ids"] = self._decoder_ids(batch)
-        with self.autocast():
-            full = self.model(**inputs).logits[0, batch.positions[0]].float().cpu()[tokens]
-        ours = self.candidate_logits(batch)[0].cpu()
-        scale = full.abs().max().clamp(min=1.0)
-        if not torch.allclose(ours / scale, full / scale, atol=0.05):
-            raise BackboneError(
-                f"{type(self.model).__name__}: logits computed for single candidates differ from the model's own by "
-                f"{(ours - full).abs().max():.3g}; this architecture changes logits after its head in an unknown way"
-            )
-
-    @torch.no_grad()
-    def _check_segments(self) -> None:
-        """Swap segments before a query on a short input; refuse a model whose answer depends on where they stand."""
-        encode, query = self.encoder.encode, [*self.encoder.encode(" a"), self.layout.mask_id]
-        head = [*self.layout.prefix, *encode(" b")]
-        others = [(1, encode(" c d e")), (2, encode(" f"))]
-        ids, segments = [], []
-        for middle in (others, [*reversed(others), (-2, encode(" g h"))]):
-            parts = [(HEAD, head), *middle, (-1, query), (HEAD, list(self.layout.suffix))]
-            ids.append([i for _, part in parts for i in part])
-            segments.append([number for number, part in parts for _ in part])
-        slots = [(row, line.index(self.layout.mask_id)) for row, line in enumerate(ids)]
-        tokens = self.vocabulary[:26].cpu().expand(2, -1)
-        anchors = [[token == self.layout.mask_id for token in line] for line in ids]
-        batch = Batch.of_ids(ids, slots, tokens, segments=segments, anchors=anchors)
-        first, second = self.candidate_logits(batch).cpu()
-        scale = first.abs().max().clamp(min=1.0)
-        if not torch.allclose(first / scale, second / scale, atol=1e-4 if self.is_exact else 0.05):
-            raise BackboneError(
-                f"{type(self.model).__name__}: icl_markup.local_layers in the model's config.json makes the order of "
-                f"segments matter, by {(first - second).abs().max():.3g} in the logits; positions of this architecture "
-                "are not those of its position embeddings alone"
-            )

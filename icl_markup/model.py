@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from icl_markup.backbone import Backbone
+from icl_markup.backbone_checks import check_lookups
 from icl_markup.batching import Batch
 from icl_markup.chat import ChatConfig, ChatFrame
 from icl_markup.devices import to_device
@@ -360,7 +361,7 @@ class SlotScores:
 
 
 def _table(backbone: Backbone, tags: Sequence[Tag], initialisation: Initialisation, seed: int) -> TagTable:
-    backbone.check_lookups()
+    check_lookups(backbone)
     rows = initial_rows(
         tags, backbone.embedding, backbone.vocabulary, backbone.encoder.encode, method=initialisation, seed=seed
     )

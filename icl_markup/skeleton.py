@@ -80,8 +80,5 @@ class Skeleton(Backbone):
         """Likewise."""
         return self.kind == "causal"
 
-    def _check_head(self) -> None:
+    def _check(self) -> None:
         """There are no logits to compare."""
-
-    def _check_segments(self) -> None:
-        """Likewise."""
