@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,23 +22,19 @@ from transformers import activations
 
 _Function = Callable[[Tensor], Tensor]
 
-_KNOWN = tuple({found[0] if isinstance(found, tuple) else found for found in activations.ACT2CLS.values()})
-"""The classes of transformers' activation functions; all but two have no parameters."""
-
 _TANH_GELU = (activations.NewGELUActivation, activations.FastGELUActivation)
 
-_ONE_FUNCTION = (
-    nn.SiLU,
-    nn.GELU,
-    nn.ReLU,
-    nn.Tanh,
-    nn.Sigmoid,
-    activations.SiLUActivation,
-    activations.GELUActivation,
-    activations.GELUTanh,
-    activations.LinearActivation,
+_ONE_FUNCTION = (nn.SiLU, nn.GELU, activations.SiLUActivation, activations.GELUActivation, activations.GELUTanh)
+"""One function of PyTorch each, which keeps its input; two of them may be told to be written out."""
+
+_STEPS = (
+    activations.QuickGELUActivation,
+    activations.AccurateGELUActivation,
+    activations.MishActivation,
+    activations.LaplaceActivation,
+    activations.ReLUSquaredActivation,
 )
-"""One function of PyTorch each, which keeps its input or its output alone."""
+"""Functions written out in Python. What keeps its own output (ReLU, tanh) has nothing to be made again from."""
 
 
 @contextmanager
@@ -48,19 +44,17 @@ def lean_activations(model: nn.Module) -> Iterator[None]:
     Gradients are the same to the bit but for the tanh form of GELU, where they are so to rounding. Only one thread may
     run the model meanwhile.
     """
-    modules = [m for m in model.modules() if isinstance(m, _KNOWN) and next(m.parameters(), None) is None]
-    made: dict[Any, tuple[_Function, Tensor]] = {}
+    modules = [m for m in model.modules() if isinstance(m, (*_TANH_GELU, *_ONE_FUNCTION, *_STEPS)) and _is_plain(m)]
+    made: dict[Any, _Remade] = {}
 
-    def pack(tensor: Tensor) -> Tensor | tuple[_Function, Tensor]:
-        found = made.get(tensor.grad_fn) if tensor.grad_fn is not None else None
-        return tensor if found is None else found
+    def pack(tensor: Tensor) -> Tensor | _Remade:
+        if tensor.grad_fn is None:
+            return tensor
+        # An operation that keeps its own output would keep itself alive by it, for ever where no gradient comes by.
+        return made.get(tensor.grad_fn) or tensor.detach()
 
-    def unpack(kept: Tensor | tuple[_Function, Tensor]) -> Tensor:
-        if isinstance(kept, Tensor):
-            return kept
-        function, given = kept
-        with torch.no_grad():
-            return function(given)
+    def unpack(kept: Tensor | _Remade) -> Tensor:
+        return kept if isinstance(kept, Tensor) else kept.again()
 
     def forward(original: _Function, function: _Function, repeat: bool, given: Tensor) -> Tensor:
         if not (given.requires_grad and torch.is_grad_enabled()):
@@ -69,12 +63,12 @@ def lean_activations(model: nn.Module) -> Iterator[None]:
             output: Tensor = checkpoint(function, given, use_reentrant=False, preserve_rng_state=False)
         else:
             output = function(given)
-        made[output.grad_fn] = function, given.detach()
+        made[output.grad_fn] = _Remade.of(function, given)
         return output
 
     for module in modules:
         function = partial(F.gelu, approximate="tanh") if isinstance(module, _TANH_GELU) else module.forward
-        repeat = not isinstance(module, (*_ONE_FUNCTION, *_TANH_GELU))
+        repeat = isinstance(module, _STEPS)
         module.forward = partial(forward, module.forward, function, repeat)
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
@@ -82,3 +76,27 @@ def lean_activations(model: nn.Module) -> Iterator[None]:
     finally:
         for module in modules:
             del module.forward
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether nobody else has put a function in the place of a module's own, and it leaves its input as it is."""
+    written_out = "python" in getattr(getattr(module, "act", None), "__name__", "")
+    return "forward" not in vars(module) and not getattr(module, "inplace", False) and not written_out
+
+
+class _Remade(NamedTuple):
+    """An output that is made again from its input, under the autocast that it was made under."""
+
+    function: _Function
+    given: Tensor
+    autocast: bool
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, function: _Function, given: Tensor) -> _Remade:
+        kind = given.device.type
+        return cls(function, given.detach(), torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+
+    def again(self) -> Tensor:
+        with torch.no_grad(), torch.autocast(self.given.device.type, self.dtype, enabled=self.autocast):
+            return self.function(self.given)

@@ -150,7 +150,14 @@ def _shown(model: MarkupModel, pieces: Sequence[Piece], between: str = " ") -> s
 def _weights(model: MarkupModel, batch: Batch, position: int) -> Floats:
     backbone = model.backbone
     tags = substituted(backbone.embedding, model.table) if model.table is not None else nullcontext()
-    with eager(backbone.model), tags, backbone.reading(batch) as reading, backbone.autocast(), torch.inference_mode():
+    with (
+        backbone.lock,  # the model's attention and its embedding are not its own meanwhile
+        eager(backbone.model),
+        tags,
+        backbone.reading(batch) as reading,
+        backbone.autocast(),
+        torch.inference_mode(),
+    ):
         found = backbone.model(**reading.inputs, output_attentions=True)
     layers = found.cross_attentions if backbone.kind == "seq2seq" else found.attentions
     if not layers or any(layer is None for layer in layers):

@@ -26,8 +26,13 @@ def trains_faster_eager(device: torch.device, precision: str, length: int) -> bo
 
 
 def can_switch(model: PreTrainedModel) -> bool:
-    """Return whether a model takes another implementation at any time; old ones in transformers do not."""
+    """Return whether a model takes another implementation at any time; old ones in transformers do not.
+
+    Nor do models of several parts here, each of which may have an implementation of its own.
+    """
     known = getattr(model, "_can_set_attn_implementation", None)
+    if getattr(model.config, "sub_configs", None):
+        return False
     return model.config._attn_implementation == "sdpa" and known is not None and bool(known())
 
 

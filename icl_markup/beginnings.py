@@ -39,11 +39,10 @@ def beginning_length(batch: Batch, first_tag_id: int) -> int:
 
 
 def without_beginning(batch: Batch, length: int) -> Batch:
-    """Return a batch without the first ids of its prompts."""
+    """Return a batch without the first ids of its prompts; its mask is that of whole prompts, as caches want it."""
     return replace(
         batch,
         input_ids=batch.input_ids[:, length:],
-        attention_mask=batch.attention_mask[:, length:],
         positions=batch.positions - length,
         segments=None if batch.segments is None else batch.segments[:, length:],
         anchors=None if batch.anchors is None else batch.anchors[:, length:],

@@ -32,7 +32,7 @@ def cast_once(backbone: Backbone) -> Iterator[int]:
     layers: list[nn.Linear] = []
     if backbone.precision != "none" and not backbone.is_sharded:  # copies would bring whole layers back
         head = backbone.model.get_output_embeddings()  # is read for candidates alone, in fp32
-        layers = [m for m in backbone.model.modules() if type(m) is nn.Linear and m is not head and _is_frozen(m)]
+        layers = [m for m in backbone.model.modules() if type(m) is nn.Linear and m is not head and _is_plain(m)]
     casts: list[Tensor] = []
     for layer in layers:
         dtype = DTYPES[backbone.precision]
@@ -47,7 +47,10 @@ def cast_once(backbone: Backbone) -> Iterator[int]:
             del layer.forward
 
 
-def _is_frozen(layer: nn.Linear) -> bool:
+def _is_plain(layer: nn.Linear) -> bool:
+    """Whether a layer is frozen, in fp32, and nobody else has put a function in the place of its own."""
+    if "forward" in vars(layer):
+        return False
     return layer.weight.dtype == torch.float32 and not any(p.requires_grad for p in layer.parameters())
 
 

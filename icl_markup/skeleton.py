@@ -60,6 +60,7 @@ class Skeleton(Backbone):
             revision=config.revision,
             precision=plan.precision,
             max_length=config.max_length,
+            chooses_attention=config.attention == "auto",
         )
         skeleton.dtype = plan.dtype
         skeleton.form = form_of(config.quantisation, source.settings)

@@ -243,6 +243,7 @@ class _Warmup:
                 if save:
                     self._save()
                 if stop:
+                    self.accelerator.wait_for_everyone()  # a launcher ends the others where one has ended
                     raise Interrupted(f"interrupted; {self.out} holds step {state.step}; resume it (--resume true)")
         state.finished = True
         self._save()

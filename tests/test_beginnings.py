@@ -88,6 +88,7 @@ def test_nothing_is_shared_that_a_tag_a_slot_or_padding_could_change() -> None:
     other = batch.input_ids.clone()
     other[1, 18] += 1
     assert beginning_length(replace(batch, input_ids=other), first) == 18
+    assert without_beginning(batch, tag).attention_mask.shape == batch.attention_mask.shape
     padded = batch.attention_mask.clone()
     padded[2, 17:] = 0
     assert beginning_length(replace(batch, attention_mask=padded), first) == 17
@@ -139,3 +140,17 @@ def test_a_model_that_looks_ahead_keeps_its_mask() -> None:
     backbone = tiny_backbone("bert")
     backbone.kind = "causal"
     assert not backbone.sees_nothing_ahead
+
+
+def test_a_model_that_needs_its_mask_gets_it_whole_beside_the_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = causal("qwen3")
+    assert backbone.exactness.limit
+    backbone.__dict__["sees_nothing_ahead"] = False
+    model = MarkupModel(backbone)
+    batch = Batch.of_prompts(prompts_of(model, WORDS), model.pad_id)
+    scores, gradient, lengths = trained(model, batch)
+    assert len(lengths) == 2
+    monkeypatch.setattr(beginnings, "FEWEST", 10**6)
+    whole_scores, whole_gradient, _ = trained(model, batch)
+    torch.testing.assert_close(scores, whole_scores, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gradient, whole_gradient, rtol=1e-3, atol=1e-6)
