@@ -31,6 +31,9 @@ INSTALL = 'pip install "icl-markup[quantisation]"'
 _GROUP = 32
 """Weights that share a scale in torchao-int4; input widths are multiples of it in nearly every model."""
 
+_BLOCK = 64
+"""Weights that share a scale in bitsandbytes' 4 bits."""
+
 _PROBES = 8
 _GRADIENT_TOLERANCE = 0.1
 
@@ -157,6 +160,14 @@ def settle(model: PreTrainedModel, name: str) -> None:
         raise BackboneError(
             f"backbone {name!r}: {form} quantises none of its layers ({kinds} of input widths {widths}); take another"
         )
+    if form in ("bitsandbytes-nf4", "bitsandbytes-fp4") and next(model.parameters()).device.type == "cpu":
+        # Seen in bitsandbytes 0.50 on CPUs with AVX-512: rows that share a block are scaled by each other's scales.
+        odd = sorted({width for _, _, width in linear_layers(model) if width % _BLOCK})
+        if odd:
+            raise BackboneError(
+                f"backbone {name!r}: on a CPU bitsandbytes computes wrong weights in 4 bits where a layer's input "
+                f"width ({', '.join(map(str, odd))}) is no multiple of {_BLOCK}; take bitsandbytes-int8 or torchao-int8"
+            )
     for module in model.modules():
         # On CPUs with these instructions, bitsandbytes stores 4-bit weights in another layout at the first forward
         # pass without gradients, and rounds their scales to bf16; a backward pass is not possible from then on.

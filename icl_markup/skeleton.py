@@ -6,7 +6,8 @@ what depends on them (which tokens are read, whether a mask is needed) happens a
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -25,11 +26,13 @@ class Skeleton(Backbone):
     """A backbone on fake tensors, of which no answer can be read.
 
     Attributes:
+        target: what the plan is for.
         dtype: the type of its weights, where they are not quantised.
         form: how its linear layers will be quantised; ``none`` where they will not.
         weight_bytes: the bytes of all weights and buffers, quantised or not; what is tied counts once.
     """
 
+    target: Target
     dtype: torch.dtype
     form: str
     weight_bytes: int
@@ -62,6 +65,7 @@ class Skeleton(Backbone):
             max_length=config.max_length,
             chooses_attention=config.attention == "auto",
         )
+        skeleton.target = target
         skeleton.dtype = plan.dtype
         skeleton.form = form_of(config.quantisation, source.settings)
         skeleton.weight_bytes = packed_bytes(model, skeleton.form)
@@ -80,6 +84,9 @@ class Skeleton(Backbone):
     def sees_nothing_ahead(self) -> bool:  # type: ignore[override]
         """Likewise."""
         return self.kind == "causal"
+
+    def _trains_faster_eager(self, inputs: Mapping[str, Any]) -> bool:
+        return self.target == "cpu" and super()._trains_faster_eager(inputs)
 
     def _check(self) -> None:
         """There are no logits to compare."""

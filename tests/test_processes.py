@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -58,6 +59,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
             model.config.icl_markup = {"local_layers": 1}
         else:
             model, tokenizer = tiny_backbone(name).model, tiny_backbone(name).tokenizer
+        tokenizer = copy.deepcopy(tokenizer)  # the tests share it
         tokenizer.model_max_length = 256
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)

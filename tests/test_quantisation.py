@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 from pathlib import Path
 
@@ -33,9 +34,21 @@ LABELS = ["lost card", "weather", "opening hours"]
 TEXTS = ["where is it", "will it rain tomorrow", "when do you open"]
 
 
+def _wide(tiny: Backbone) -> Backbone:
+    """A tiny backbone whose layers are as wide as the blocks that bitsandbytes scales together, or twice as wide."""
+    config = copy.deepcopy(tiny.model.config)
+    wide = {"hidden_size": 64, "d_model": 64, "intermediate_size": 128, "d_ff": 128, "d_kv": 16, "head_dim": 16}
+    for name, width in wide.items():
+        if isinstance(getattr(config, name, None), int):
+            setattr(config, name, width)
+    torch.manual_seed(0)
+    model = type(tiny.model)(config)
+    return Backbone(model, tiny.tokenizer, tiny.kind, name=tiny.name, max_length=tiny.max_length)
+
+
 @cache
 def _built(kind: str) -> Backbone:
-    backbone = tiny_backbone(kind)
+    backbone = _wide(tiny_backbone(kind))
     with torch.no_grad():  # layers that matter: as they are initialised, little but the residual stream is seen
         for _, module, _ in linear_layers(backbone.model):
             module.weight.mul_(1 if kind == "t5" else 6)
@@ -208,7 +221,7 @@ def gpt2(folder: Path) -> Path:
     torch.manual_seed(0)
     tokenizer = byte_level_tokenizer(mask=False)
     config = transformers.GPT2Config(
-        vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=4, n_positions=256, bos_token_id=0, eos_token_id=2
+        vocab_size=len(tokenizer), n_embd=64, n_layer=2, n_head=4, n_positions=256, bos_token_id=0, eos_token_id=2
     )
     transformers.GPT2LMHeadModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -251,3 +264,13 @@ def test_a_checksum_sees_codes_and_scales(form: str, checkpoints: Path) -> None:
             break
     assert changed, "scales are stored beside the codes"
     assert backbone.checksum() != before
+
+
+@pytest.mark.parametrize("form", ["bitsandbytes-nf4", "bitsandbytes-fp4"])
+def test_widths_that_bitsandbytes_gets_wrong_on_a_cpu_are_refused(form: str, tmp_path: Path) -> None:
+    narrow = tiny_backbone("bert")
+    narrow.model.save_pretrained(tmp_path)
+    narrow.tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(BackboneError, match=r"input width \(32, 48\) is no multiple of 64; take bitsandbytes-int8"):
+        load(tmp_path, form)
+    assert load(tmp_path, "bitsandbytes-int8").quantisation == "bitsandbytes-int8"
