@@ -69,7 +69,7 @@ def lean_activations(model: nn.Module) -> Iterator[None]:
     for module in modules:
         function = partial(F.gelu, approximate="tanh") if isinstance(module, _TANH_GELU) else module.forward
         repeat = isinstance(module, _STEPS)
-        module.forward = partial(forward, module.forward, function, repeat)
+        module.forward = partial(forward, module.forward, function, repeat)  # type: ignore[method-assign]
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             yield

@@ -1,6 +1,7 @@
 """Requests for serving engines that are given tags without a checkpoint of their own, or a merged one.
 
-Formats, as their sources have them (neither engine is started here; what is sent is checked against these):
+Formats, as their sources have them (neither engine is started here; the tests read what is sent as these do, in code
+of their own):
 
 - vLLM's completions API takes ``prompt_embeds``: base64 of a tensor (tokens, hidden width) saved by ``torch.save``,
   for a server started with ``--enable-prompt-embeds``
@@ -90,7 +91,8 @@ def sglang_score_request(model: MarkupModel, prompts: Sequence[Prompt], name: st
         name: the model's name at the server.
 
     Raises:
-        ExportError: the backbone is not causal, whole names are scored, or there are no prompts.
+        ExportError: the backbone is not causal, whole names are scored, prompts have unlike candidates, or there are
+            none.
     """
     check_exportable(model, "vectors")
     assert model.table is not None
@@ -108,7 +110,7 @@ def sglang_score_request(model: MarkupModel, prompts: Sequence[Prompt], name: st
         "model": name,
         "query": [],
         "items": items,
-        "label_token_ids": [_candidates(prompt) for prompt in prompts],
+        "label_token_ids": _shared_candidates(prompts),
         "embed_override_token_id": placeholder,
         "item_embed_overrides": overrides,
         "apply_softmax": True,
@@ -119,11 +121,11 @@ def sglang_ids_request(prompts: Sequence[Prompt], name: str) -> dict[str, Any]:
     """Return the body of a request to SGLang's ``/v1/score`` for a merged checkpoint; see `vllm_ids_request`.
 
     Raises:
-        ExportError: whole names are scored, or there are no prompts.
+        ExportError: whole names are scored, prompts have unlike candidates, or there are none.
     """
     if not prompts:
         raise ExportError("there is no prompt to make a request of")
-    labels = [_candidates(prompt) for prompt in prompts]
+    labels = _shared_candidates(prompts)
     items = [list(prompt.ids) for prompt in prompts]
     return {"model": name, "query": [], "items": items, "label_token_ids": labels, "apply_softmax": True}
 
@@ -144,6 +146,14 @@ def _candidates(prompt: Prompt) -> list[int]:
     if not candidates:
         raise ExportError("these tags are answered with whole names; requests are made for option symbols only")
     return candidates
+
+
+def _shared_candidates(prompts: Sequence[Prompt]) -> list[int]:
+    """Return the candidates of all prompts: SGLang takes one list of them a request."""
+    found = [_candidates(prompt) for prompt in prompts]
+    if any(one != found[0] for one in found):
+        raise ExportError("prompts have other candidates; make a request for each list of options")
+    return found[0]
 
 
 def _unused(model: MarkupModel, prompts: Iterable[Prompt]) -> int:

@@ -36,14 +36,15 @@ def compiled(model: nn.Module) -> Iterator[None]:
     """While active, every layer is compiled; activations are then kept as the compiler decides."""
     stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
     layers = [layer for stack in stacks for layer in stack]
-    lean = icl_markup.backbone.lean_activations
-    icl_markup.backbone.lean_activations = lambda _model: nullcontext()  # type: ignore[assignment]
+    inside: Any = icl_markup.backbone
+    lean = inside.lean_activations
+    inside.lean_activations = lambda _model: nullcontext()
     for layer in layers:
         layer.forward = torch.compile(layer.forward, dynamic=True)  # type: ignore[method-assign]
     try:
         yield
     finally:
-        icl_markup.backbone.lean_activations = lean
+        inside.lean_activations = lean
         for layer in layers:
             del layer.forward
 

@@ -14,7 +14,7 @@ import itertools
 import json
 import tempfile
 import time
-from collections import Counter
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +54,13 @@ def row_of(shape: str, precision: str) -> dict[str, Any]:
         began = time.perf_counter()
         [window] = itertools.islice(map(warmup.stream.window_at, [7]), 1)
         composing = (time.perf_counter() - began) / sum(map(len, window[0]))
-    spent: Counter[str] = Counter()
+    spent: dict[str, float] = defaultdict(float)
     for event in seen.key_averages():
         spent[kind_of(event.key)] += event.self_cpu_time_total / 1e6
     spent["outside"] = max(0.0, whole - sum(spent.values()))
     return {
         "bench": "profile", "shape": shape, "precision": precision, "seconds": round(whole, 3),
-        "shares": {kind: round(seconds / whole, 3) for kind, seconds in spent.most_common()},
+        "shares": {kind: round(seconds / whole, 3) for kind, seconds in sorted(spent.items(), key=lambda one: -one[1])},
         "composing_ms_a_prompt": round(1000 * composing, 2),
     }  # fmt: skip
 

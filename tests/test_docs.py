@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import importlib.util
 import io
 import os
 import re
@@ -24,6 +25,7 @@ from icl_markup.model import MarkupModel
 from icl_markup.warmup_config import WarmupConfig
 from tests.conftest import tiny_backbone
 from tests.documentation import Block, Reader, matches, write_files
+from tests.hub_stand_in import hub_for
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -83,12 +85,13 @@ def reader(starting_place: Path, embedded: Backbone, tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_what_a_page_shows_is_so(page: Path, reader: Reader) -> None:
+def test_what_a_page_shows_is_so(page: Path, reader: Reader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if "curl " in page.read_text() and shutil.which("curl") is None:
         pytest.skip("curl is not installed")
     if "icl-markup serve" in page.read_text():
         pytest.importorskip("uvicorn", reason="pip install 'icl-markup[serve]'")
-    reader.read(page)
+    with hub_for(monkeypatch, tmp_path / "hub") if page.stem == "sharing" else contextlib.nullcontext():
+        reader.read(page)
 
 
 @pytest.mark.parametrize("language", ["python", "console", "yaml", "bash", "", "text"])
@@ -217,3 +220,11 @@ def test_the_site_builds_without_warnings_and_by_itself(tmp_path: Path, monkeypa
     package = Path(icl_markup.__file__).parent
     for module in package.glob("[!_]*.py"):
         assert f'id="icl_markup.{module.stem}"' in pages[f"reference/{module.stem}.html"]
+
+
+def test_every_module_has_a_heading_in_the_reference() -> None:
+    spec = importlib.util.spec_from_file_location("docs_reference", ROOT / "scripts/docs_reference.py")
+    assert spec is not None and spec.loader is not None
+    reference = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(reference)
+    assert reference.grouped().get("Other", []) == []

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from icl_markup.episodes import Query
+from icl_markup.episodes import Option, Query
 from icl_markup.errors import ExportError
 from icl_markup.export_merged import export_merged
 from icl_markup.export_payloads import (
@@ -68,9 +68,9 @@ def test_sglang_puts_the_vectors_where_placeholders_stand_and_answers_as_ours(mo
     body = json.loads(json.dumps(sglang_score_request(model, prompts_of(model), "bare")))
     assert body["query"] == []
     table = model.backbone.embedding.weight
-    for ids, vectors, labels, live in zip(
-        body["items"], body["item_embed_overrides"], body["label_token_ids"], live_scores(model), strict=True
-    ):
+    labels = body["label_token_ids"]
+    assert all(type(label) is int for label in labels)  # `ScoringRequest.label_token_ids: Optional[List[int]]`
+    for ids, vectors, live in zip(body["items"], body["item_embed_overrides"], live_scores(model), strict=True):
         # As SGLang's `_resolve_overrides_for_sequence` does: one vector for each placeholder, in order.
         at = [i for i, token in enumerate(ids) if token == body["embed_override_token_id"]]
         assert len(at) == len(vectors) > 0
@@ -95,7 +95,10 @@ def test_requests_for_a_merged_checkpoint_hold_its_ids(model: MarkupModel, tmp_p
     assert [vllm_ids_request(prompt, "m")["prompt"] for prompt in prompts] == [list(p.ids) for p in prompts]
     body = sglang_ids_request(prompts, "m")
     assert body["items"] == [list(prompt.ids) for prompt in prompts]
-    assert body["label_token_ids"] == [list(prompt.slots[-1].candidates) for prompt in prompts]
+    assert all(body["label_token_ids"] == list(prompt.slots[-1].candidates) for prompt in prompts)
+    more = replace(EPISODE, options=(*EPISODE.options, Option("something else")))
+    with pytest.raises(ExportError, match="a request for each list of options"):
+        sglang_ids_request([*prompts, *exported.prompts(more, QUERIES)], "m")
     assert set(exported.placement.all_ids) & set(body["items"][0])
 
 

@@ -94,6 +94,23 @@ def test_tags_warmed_up_unquantised_are_used_quantised(kind: str, form: str, che
             assert torch.equal(MarkupModel.from_tags(tmp_path / dtype, backbone).table.rows, source.table.rows)
 
 
+@pytest.mark.parametrize("form", ["bitsandbytes-int8", "bitsandbytes-nf4", "torchao-int8"])
+def test_tags_warmed_up_in_bf16_answer_on_a_quantised_backbone_nearly_as_there(
+    form: str, checkpoints: Path, tmp_path: Path
+) -> None:
+    place = checkpoint(checkpoints, "llama")
+    warmed = warm_up(tmp_path / "run", load(place, "none", "bf16"))
+    moved = MarkupModel.from_tags(warmed.folder, load(place, form, "bf16"))
+    assert moved.table is not None and warmed.model.table is not None
+    assert torch.equal(moved.table.rows, warmed.model.table.rows)
+    texts = ["my card is gone", "is it cold outside", "when do you close"]
+    labels = ["lost card", "weather", "opening hours"]
+    there = warmed.model.classify(texts, labels, DEMOS)
+    for one, other in zip(there, moved.classify(texts, labels, DEMOS), strict=True):
+        for label in labels:
+            assert other.probabilities[label] == pytest.approx(one.probabilities[label], abs=0.25)
+
+
 @pytest.mark.parametrize("form", ["none", *FORMS])
 def test_another_model_is_refused_however_it_is_quantised(form: str, checkpoints: Path, tmp_path: Path) -> None:
     place = checkpoint(checkpoints, "llama")
