@@ -37,6 +37,11 @@ _STEPS = (
 """Functions written out in Python. What keeps its own output (ReLU, tanh) has nothing to be made again from."""
 
 
+def recomputes(module: nn.Module) -> bool:
+    """Return whether a module, as gradient checkpointing has it, recomputes its activations in the backward pass."""
+    return module.training and bool(getattr(module, "gradient_checkpointing", False))
+
+
 @contextmanager
 def lean_activations(model: nn.Module) -> Iterator[None]:
     """While active, a forward pass of `model` keeps no output of an activation function, and of its steps none.

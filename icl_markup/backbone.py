@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache
 
-from icl_markup.activations import lean_activations
+from icl_markup.activations import lean_activations, recomputes
 from icl_markup.attention_kernels import can_switch, eager, trains_faster_eager
 from icl_markup.backbone_checks import check_head, check_sees_nothing_ahead, check_segments
 from icl_markup.batching import Batch
@@ -325,7 +325,7 @@ class Backbone:
     @property
     def _recomputes(self) -> bool:
         """Whether layers recompute their activations in the backward pass."""
-        return any(m.training and getattr(m, "gradient_checkpointing", False) for m in self.model.modules())
+        return any(map(recomputes, self.model.modules()))
 
     def _segments(self, batch: Batch) -> AbstractContextManager[Reading]:
         if not self.local_layers or batch.segments is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -174,20 +174,8 @@ def _target(one: Accelerator | None, here: torch.device) -> Target:
 
 def _model(config: WarmupConfig, target: Target) -> MarkupModel:
     backbone = Skeleton.build(config.backbone, target)
-    start = Start.of(config, None)
-    model = MarkupModel(
-        backbone,
-        start.template,
-        start.vectors,
-        answers=config.answers,
-        length_normalised=config.length_normalised,
-        initialisation="normal",  # tags near descriptions would take as many rows
-        chat=config.chat,
-    )
-    assert model.table is not None
-    if start.frozen:
-        model.table.freeze(start.frozen)
-    return model
+    # Tags near descriptions would take as many rows.
+    return Start.of(config, None).model(replace(config, initialisation="normal"), backbone)
 
 
 def _parameters(model: MarkupModel) -> Parameters:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from icl_markup.activations import recomputes
 from icl_markup.devices import to_device
 from icl_markup.errors import BackboneError, nearest
 
@@ -259,8 +260,7 @@ def _parameters(layer: nn.Module) -> list[str]:
 
 def _recomputes_hooks(layer: nn.Module) -> bool:
     """Whether the backward pass calls the layer anew, by when our hook is gone (as transformers 5.0 does)."""
-    checkpointing = layer.training and getattr(layer, "gradient_checkpointing", False)
-    return bool(checkpointing) and type(layer).__call__ is not nn.Module.__call__
+    return recomputes(layer) and type(layer).__call__ is not nn.Module.__call__
 
 
 def _masked(mask: Tensor, layer: nn.Module) -> Callable[..., Any]:

@@ -13,6 +13,7 @@ from icl_markup.backbone import Backbone
 from icl_markup.compose import gathered, widened
 from icl_markup.errors import ConfigError, TagFileError, WarmupError, nearest
 from icl_markup.fingerprint import Fingerprint
+from icl_markup.model import MarkupModel
 from icl_markup.tagfile import TagFile, read_tags
 from icl_markup.template import Template
 from icl_markup.warmup_config import WarmupConfig
@@ -64,6 +65,26 @@ class Start:
             Ancestry("warm-up", tuple(parents)),
             tuple(file.tensors_sha256 for file in files),
         )
+
+    def model(self, config: WarmupConfig, backbone: Backbone) -> MarkupModel:
+        """Return the model that a warm-up begins with: its tags as they begin, those that are not trained frozen.
+
+        Raises:
+            MarkupError: the backbone or its chat template cannot be used.
+        """
+        model = MarkupModel(
+            backbone,
+            self.template,
+            self.vectors,
+            answers=config.answers,
+            length_normalised=config.length_normalised,
+            initialisation=config.initialisation,
+            seed=config.seed,
+            chat=config.chat,
+        )
+        assert model.table is not None
+        model.table.freeze(self.frozen)
+        return model
 
     def summary(self) -> dict[str, Any]:
         """Return what the summary of the warm-up says about it."""

@@ -95,17 +95,7 @@ def run_warmup(
         validation_tasks if validation_tasks is not None else [read_task(s) for s in config.validation_tasks]
     )
     start = Start.of(config, backbone)
-    model = MarkupModel(
-        backbone,
-        start.template,
-        start.vectors,
-        answers=config.answers,
-        length_normalised=config.length_normalised,
-        initialisation=config.initialisation,
-        seed=config.seed,
-        chat=config.chat,
-    )
-    return _Warmup(config, model, start, tasks, validation_tasks, accelerator, progress).run()
+    return _Warmup(config, start.model(config, backbone), start, tasks, validation_tasks, accelerator, progress).run()
 
 
 class _Warmup:
@@ -123,7 +113,6 @@ class _Warmup:
         self.config = config
         self.model = model
         self.table = model.table
-        self.table.freeze(start.frozen)
         self.start = start
         self.kept = self.table.frozen.clone()
         self.accelerator = accelerator

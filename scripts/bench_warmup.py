@@ -26,6 +26,7 @@ import argparse
 import itertools
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -277,7 +278,7 @@ def rows_of(args: argparse.Namespace, shape: str, precision: str) -> Iterator[di
             **{name: round(statistics.median(ratios), 3) for name, ratios in pairs[way].items()},
             **{f"{name}_range": [round(min(r), 3), round(max(r), 3)] for name, r in pairs[way].items()},
             "memory_mib": round(memory), "rounds": args.rounds,
-            "command": f"python scripts/bench_warmup.py {args.out}", **provenance(),
+            "command": shlex.join(["python", *sys.argv]), **provenance(),
         }  # fmt: skip
 
 

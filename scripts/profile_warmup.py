@@ -52,8 +52,8 @@ def row_of(shape: str, precision: str) -> dict[str, Any]:
             warmup._step(step).read()
         whole = time.perf_counter() - began
         began = time.perf_counter()
-        [window] = itertools.islice(map(warmup.stream.window_at, [7]), 1)
-        composing = (time.perf_counter() - began) / sum(map(len, window[0]))
+        batches, _ = warmup.stream.window_at(7)
+        composing = (time.perf_counter() - began) / sum(map(len, batches))
     spent: dict[str, float] = defaultdict(float)
     for event in seen.key_averages():
         spent[kind_of(event.key)] += event.self_cpu_time_total / 1e6
