@@ -5,15 +5,17 @@
 - ours: the warm-up's own step, optimiser included
 - ours, natural: the same on batches as they come from the stream, whose making is counted; tokens are those of prompts,
   padding left out
+- ours, level: the same on equal prompts of the stream's mean length, so that attention costs as much a token as in
+  natural batches (the mean over tokens, not prompts, as attention's cost is the square of a prompt's)
 - trainable tokens: PEFT's TrainableTokens with transformers' full-vocabulary loss in its Trainer, tags in spare rows
 - lora: PEFT's LoRA of rank 8 in the Trainer; tags are not trained
 - full: full fine-tuning in the Trainer
 - limit: forward plus backward through the activations of the same body on the same tokens, as transformers computes
   them: no head, no tags, no optimiser
 
-All but the natural batches are 4 equal prompts of 256 tokens. Ours and the limit take turns in one process, round by
-round; each of the others runs in a process of its own, in which ours went before it. A ratio is of neighbours
-in time, so that a slow minute slows both. Weights are random, shapes are in `bench_shapes.py`.
+All others are 8 equal prompts of 256 tokens, and no batch holds more tokens than these. Ours and the limit take turns
+in one process, round by round; each of the others runs in a process of its own, in which ours went before it. A ratio
+is of neighbours in time, so that a slow minute slows both. Weights are random, shapes are in `bench_shapes.py`.
 
 Memory is the largest resident set during a step less that before the first one: activations, gradients and optimiser
 states, which is all beyond weights. It is taken in a process of its own whose allocator returns what is freed at once
@@ -44,6 +46,7 @@ from bench_shapes import SHAPES, backbone_of, sample_tasks
 from icl_markup import EpisodeConfig, MarkupModel, WarmupConfig
 from icl_markup.batching import Batch
 from icl_markup.casts import cast_once
+from icl_markup.norms import fast_norms
 from icl_markup.prompt import Prompt
 from icl_markup.results import provenance, write_rows
 from icl_markup.start import Start
@@ -51,9 +54,9 @@ from icl_markup.stream import Item, Position, Step
 from icl_markup.warmup import _Warmup as Warmup
 from icl_markup.warmup_config import OptimiserConfig
 
-OWN = ("ours", "limit", "ours, natural")
+OWN = ("ours", "limit", "ours, level", "ours, natural")
 PEERS = ("trainable tokens", "lora", "full")
-PROMPTS, LENGTH = 4, 256
+PROMPTS, LENGTH = 8, 256
 FIRST = 1
 """Steps before the clock starts."""
 
@@ -72,19 +75,35 @@ def warmup_of(model: MarkupModel, out: str) -> Warmup:
     return Warmup(config, model, start, sample_tasks(), [], Accelerator(cpu=True), False)
 
 
-def equal_items(warmup: Warmup) -> list[Item]:
-    """Return the first prompt of the stream that has about `LENGTH` tokens, several times."""
+def equal_items(warmup: Warmup, length: int = LENGTH) -> list[Item]:
+    """Return the first prompt of the stream that has about `length` tokens, as often as a batch has room for it."""
     for step in itertools.islice(warmup.stream.steps(), 1000):
         for item in itertools.chain(*step.batches):
-            if abs(len(item.prompt.ids) - LENGTH) <= 4:
-                return [item] * PROMPTS
-    raise SystemExit(f"no prompt of about {LENGTH} tokens")
+            if abs(len(item.prompt.ids) - length) <= 4:
+                return [item] * (PROMPTS * LENGTH // length)
+    raise SystemExit(f"no prompt of about {length} tokens")
+
+
+def mean_length(warmup: Warmup) -> int:
+    """Return the mean length of the stream's prompts, over their tokens."""
+    lengths = [len(i.prompt.ids) for s in itertools.islice(warmup.stream.steps(), 200) for b in s.batches for i in b]
+    return round(sum(n * n for n in lengths) / sum(lengths))
 
 
 def ours(model: MarkupModel, out: str) -> Callable[[], int]:
     """Return a function that makes a step on equal prompts and returns its tokens."""
     warmup = warmup_of(model, out)
-    step = Step((tuple(equal_items(warmup)),), Position(), 0)
+    return _stepping(warmup, equal_items(warmup))
+
+
+def ours_level(model: MarkupModel, out: str) -> Callable[[], int]:
+    """Return a function that makes a step on equal prompts of the mean length and returns its tokens."""
+    warmup = warmup_of(model, out)
+    return _stepping(warmup, equal_items(warmup, mean_length(warmup)))
+
+
+def _stepping(warmup: Warmup, items: list[Item]) -> Callable[[], int]:
+    step = Step((tuple(items),), Position(), 0)
 
     def run() -> int:
         warmup._step(step).read()
@@ -190,7 +209,8 @@ def _features(model: MarkupModel, prompts: list[Prompt]) -> tuple[dict[str, torc
 
 def own(way: str, model: MarkupModel, out: str) -> Callable[[], int]:
     """Return a function that makes a step of one of `OWN`."""
-    return {"ours": ours, "ours, natural": ours_natural, "limit": limit}[way](model, out)
+    makers = {"ours": ours, "ours, level": ours_level, "ours, natural": ours_natural, "limit": limit}
+    return makers[way](model, out)
 
 
 def timed(make: Callable[[], int]) -> tuple[float, int]:
@@ -203,7 +223,7 @@ def timed(make: Callable[[], int]) -> tuple[float, int]:
 def together(shape: str, precision: str, rounds: int, out: str) -> dict[str, list[tuple[float, int]]]:
     """Time `OWN` in turn; return seconds and tokens of every step."""
     model, plain = MarkupModel(backbone_of(shape, precision)), MarkupModel(backbone_of(shape, precision))
-    with cast_once(model.backbone):
+    with cast_once(model.backbone), fast_norms(model.backbone):
         steps = {way: own(way, plain if way == "limit" else model, out) for way in OWN}
         for make in steps.values():
             make()
@@ -217,7 +237,7 @@ def together(shape: str, precision: str, rounds: int, out: str) -> dict[str, lis
 def beside(way: str, shape: str, precision: str, steps: int, out: str) -> dict[str, list[tuple[float, int]]]:
     """Time ours, and then a peer, on one model."""
     model = MarkupModel(backbone_of(shape, precision))
-    with cast_once(model.backbone):
+    with cast_once(model.backbone), fast_norms(model.backbone):
         make = ours(model, out)
         make()
         before = [timed(make) for _ in range(steps)]
@@ -235,7 +255,7 @@ def memory_of(way: str, shape: str, precision: str, out: str) -> float:
             train()
         return memory.grown
     make = own(way, model, out)
-    with Memory() as memory, cast_once(model.backbone):
+    with Memory() as memory, cast_once(model.backbone), fast_norms(model.backbone):
         make()
         make()
     return memory.grown
@@ -262,8 +282,8 @@ def rows_of(args: argparse.Namespace, shape: str, precision: str) -> Iterator[di
         rounds = [found[way][i : i + each] for i in range(0, len(found[way]), each)]
         mine = [sum(s for s, _ in one) / sum(t for _, t in one) for one in rounds]
         pairs[way] = {
-            f"times_{other}": [a / (s / t) for a, (s, t) in zip(mine, found[other], strict=True)]
-            for other in ("limit", "ours")
+            f"times_{other.removeprefix('ours, ')}": [a / (s / t) for a, (s, t) in zip(mine, found[other], strict=True)]
+            for other in ("limit", "ours", "ours, level")
         }
     for way in args.peers:
         both = child(*what, "--do", "beside", "--way", way)

@@ -24,6 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from icl_markup import MarkupModel
 from icl_markup.casts import cast_once
+from icl_markup.norms import fast_norms
 from icl_markup.results import provenance, write_rows
 from icl_markup.stream import Position, Step
 
@@ -43,7 +44,7 @@ def kind_of(name: str) -> str:
 def row_of(shape: str, precision: str) -> dict[str, Any]:
     """Profile one shape."""
     model = MarkupModel(backbone_of(shape, precision))
-    with tempfile.TemporaryDirectory() as out, cast_once(model.backbone):
+    with tempfile.TemporaryDirectory() as out, cast_once(model.backbone), fast_norms(model.backbone):
         warmup = warmup_of(model, out)
         step = Step((tuple(equal_items(warmup)),), Position(), 0)
         warmup._step(step).read()
