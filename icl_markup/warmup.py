@@ -7,7 +7,7 @@ import random
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from icl_markup.evaluation import answer_together
 from icl_markup.files import append_line
 from icl_markup.lock import only_run
 from icl_markup.model import MarkupModel
+from icl_markup.norms import fast_norms
 from icl_markup.optimisation import Launched, TagOptimiser
 from icl_markup.processes import Processes
 from icl_markup.quantisation import check_gradients
@@ -116,6 +117,7 @@ class _Warmup:
         self.start = start
         self.kept = self.table.frozen.clone()
         self.accelerator = accelerator
+        self.here = Processes.here()
         self.show_progress = progress and accelerator.is_main_process
         self.out = Path(config.output)
         self.task_names = [task.name for task in tasks]
@@ -143,17 +145,18 @@ class _Warmup:
     def run(self) -> WarmupResult:
         """Train and save, alone in the output folder; of several processes only the main one writes there."""
         _check_trainable(self.model)
-        alone = only_run(self.out, WarmupError, folder=True) if self.accelerator.is_main_process else nullcontext()
-        with alone:
+        with ExitStack() as held:
+            self.here.from_main(lambda: held.enter_context(only_run(self.out, WarmupError, folder=True)))
             return self._run()
 
     def _run(self) -> WarmupResult:
         checksum = self.model.backbone.checksum()
-        self._open_output()
+        self.here.together(self._go_on)
+        self.here.from_main(lambda: open_output(self.out, self.config, self.progress.step))
         if self.config.tracker != "none":
             self.accelerator.init_trackers("icl-markup", to_dict(self.config))
         try:
-            with cast_once(self.model.backbone):
+            with cast_once(self.model.backbone), fast_norms(self.model.backbone):
                 self._train()
             if self.model.backbone.checksum() != checksum:
                 raise WarmupError("the backbone's weights changed during the warm-up; the tags were not saved")
@@ -169,7 +172,8 @@ class _Warmup:
                 tracker.finish()
         return WarmupResult(self.model, self.out / "tags", summary)
 
-    def _open_output(self) -> None:
+    def _go_on(self) -> None:
+        """Go on from the checkpoint in the output folder, if it holds one."""
         comparable = self._comparable()
         if has_checkpoint(self.out):
             if not self.config.resume:
@@ -191,9 +195,6 @@ class _Warmup:
                 self.table.rows.copy_(rows)
             self.best = best.to(self.table.rows.device)
             self.optimiser.restore(self.progress.schedule, self.progress.loss_scale)
-        if self.accelerator.is_main_process:
-            open_output(self.out, self.config, self.progress.step)
-        self.accelerator.wait_for_everyone()
 
     def _train(self) -> None:
         plan, state = self.config.optimiser, self.progress
@@ -266,8 +267,8 @@ class _Warmup:
         with torch.no_grad():
             self.table.rows.copy_(self.best)
         self.model.origin = tags_of(self.model, summary, self.start.ancestry)
-        if self.accelerator.is_main_process:
-            write_tags(self.model.origin, self.out / "tags")
+        origin = self.model.origin
+        self.here.from_main(lambda: write_tags(origin, self.out / "tags"))
 
     def _fail_on(self, defect: str, step: int) -> None:
         self.progress.step = step - 1  # what came after it is worth nothing
@@ -313,11 +314,11 @@ class _Warmup:
 
     def _save(self) -> None:
         self.progress.schedule, self.progress.loss_scale = self.optimiser.state()
-        if self.accelerator.is_main_process:
-            with writing(self.out):
-                save_checkpoint(
-                    self.out, self.table.rows, self.best, self.optimiser.raw, self.progress, self._comparable()
-                )
+        self.here.from_main(self._write_checkpoint)
+
+    def _write_checkpoint(self) -> None:
+        with writing(self.out):
+            save_checkpoint(self.out, self.table.rows, self.best, self.optimiser.raw, self.progress, self._comparable())
 
     def _comparable(self) -> dict[str, Any]:
         """Return what must not change when the run is resumed; where it began with tags, these are part of it."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from icl_markup.evaluation import answer_together
 from icl_markup.experiment import load_experiment, run_experiment
 from icl_markup.fingerprint import Fingerprint
 from icl_markup.loading import BackboneConfig
+from icl_markup.lock import only_run
 from icl_markup.metaicl import run_metaicl
 from icl_markup.metaicl_config import MetaIclConfig
 from icl_markup.model import MarkupModel
@@ -133,10 +137,28 @@ def split(folder: Path, name: str) -> dict[str, Any]:
     }
 
 
+def spoilt(folder: Path, here: Processes) -> dict[str, Any]:
+    """Warm tags up where the first process finds the output locked, and where it finds the disk full."""
+    found: dict[str, Any] = {}
+    alone = only_run(folder / "held", PromptError, folder=True) if here.is_main else nullcontext()
+    with alone:
+        here.together(lambda: None)  # the others begin when it is locked
+        found["locked"] = failure(lambda: warmed_up(folder / "held", folder / "bert"))
+    save = warmup_module.save_checkpoint
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    warmup_module.save_checkpoint = full
+    found["full"] = failure(lambda: warmed_up(folder / "full", folder / "bert"))
+    warmup_module.save_checkpoint = save
+    return found
+
+
 def start(what: str, folder: Path, here: Processes) -> dict[str, Any]:
     """Do what is asked for; return what is to be written."""
     if what == "shared":
-        return {**primitives(here), "evaluated": evaluated(folder, here)}
+        return {**primitives(here), "spoilt": spoilt(folder, here), "evaluated": evaluated(folder, here)}
     found: dict[str, Any] = {name: split(folder, name) for name in ("llama", "t5", "bert", "segments")}
 
     def meddle(self: Any, *_args: Any) -> Any:

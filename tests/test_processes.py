@@ -194,6 +194,13 @@ def test_the_first_process_alone_writes_and_prints(workplace: Path, shared: list
     assert all(found["evaluated"]["left"] == [] for found in shared)
 
 
+def test_a_warm_up_ends_in_all_processes_where_the_first_cannot_write(shared: list[dict[str, Any]]) -> None:
+    for one in shared:
+        for case, message in (("locked", "is writing to it"), ("full", "No space left on device")):
+            kind, told = one["spoilt"][case]
+            assert kind == "WarmupError" and message in told, told
+
+
 def test_an_evaluation_ends_in_all_processes_with_the_error_of_one(
     workplace: Path, shared: list[dict[str, Any]]
 ) -> None:
