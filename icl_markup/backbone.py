@@ -318,7 +318,7 @@ class Backbone:
 
     def _trains_faster_eager(self, inputs: Mapping[str, Any]) -> bool:
         ids = inputs.get("input_ids", inputs.get("inputs_embeds"))
-        if not self.chooses_attention or self.local_layers or ids is None:
+        if not self.chooses_attention or ids is None:
             return False
         return trains_faster_eager(self.device, self.precision, ids.shape[1]) and can_switch(self.model)
 
