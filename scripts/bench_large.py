@@ -15,6 +15,7 @@ is the first when the part began: libraries and the model.
 from __future__ import annotations
 
 import argparse
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -28,13 +29,15 @@ import torch
 from bench_shapes import tiny_llama
 from torch.nn import functional as F
 
-from icl_markup import Demo, Episode, MarkupClassifier, MarkupModel, Option, Query, TaskSource, read_task
+from icl_markup import Demo, Episode, MarkupClassifier, MarkupModel, Option, Query, TaskSource, WarmupConfig, read_task
 from icl_markup.episodes import EpisodeConfig, EpisodeSampler
 from icl_markup.predict import ask_model, open_texts, predict_lines
 from icl_markup.results import provenance, write_rows
 from icl_markup.tasks import Example, HeldExamples, Task
+from icl_markup.warmup import OptimiserConfig, run_warmup
 
 LABELS = 100
+WARMUP_STEPS = 50
 WORDS = ["card", "order", "window", "river", "paper", "engine", "garden", "ticket", "salary", "winter", "please",
          "late", "where", "broken", "today", "account", "change", "never", "parcel", "number"]  # fmt: skip
 CONFIG = EpisodeConfig(n_way=(2, 8), k_shot=(0, 2), none_option=0.3, out_of_scope=0.5, hard_options=0.5)
@@ -144,7 +147,7 @@ def predict(folder: Path, rows: int) -> list[dict[str, Any]]:
 
 
 def labels(_folder: Path, count: int) -> list[dict[str, Any]]:
-    """Draw from a task of so many labels and compose, fit a classifier, and ask it."""
+    """Draw from a task of so many labels and compose, warm tags up on it, fit a classifier, and ask it."""
     names = [f"{WORDS[i % 20]} {WORDS[i // 20 % 20]} {WORDS[i // 400 % 20]} {i}" for i in range(count)]
     examples = HeldExamples(
         Example(f"{text_of(i * 3 + j)} {name}", name) for i, name in enumerate(names) for j in range(3)
@@ -159,11 +162,18 @@ def labels(_folder: Path, count: int) -> list[dict[str, Any]]:
         for i in range(1000):
             model.markup.compose_each(sampler.episode(i, 0))
 
+    def warm_up() -> None:
+        with tempfile.TemporaryDirectory() as out:
+            plan = OptimiserConfig(steps=WARMUP_STEPS)
+            config = WarmupConfig(tasks=[], output=out, episodes=CONFIG, optimiser=plan, save_every=WARMUP_STEPS)
+            run_warmup(config, tasks=[task], backbone=model.backbone, progress=False)
+
     def ask() -> None:
         classifier.predict(texts[1:1537:3])
 
     return [
         measured("labels: episodes", 1000, episodes, labels=count),
+        measured("labels: warm-up steps", WARMUP_STEPS, warm_up, labels=count, batch_tokens=4096),
         measured("labels: fit", len(texts), lambda: classifier.fit(texts, truth), labels=count),
         measured("labels: first texts", 512, ask, labels=count, embeds="labels and demonstrations"),
         measured("labels: more texts", 512, ask, labels=count),
