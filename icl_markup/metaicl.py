@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -333,15 +333,22 @@ def _refuse_another(where: Path, mine: dict[str, Any], theirs: dict[str, Any]) -
 
 
 def _data_hash(tasks: Sequence[Task]) -> str:
-    told = [
-        [
-            task.name,
-            task.labels,
-            sorted((split, [(e.text, e.label) for e in examples]) for split, examples in task.splits.items()),
-            sorted(task.descriptions.items()),
-            task.description,
-            task.oos_label,
-        ]
-        for task in tasks
-    ]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+    """Return the SHA-256 of tasks' content as one JSON list, which is never held as a whole: tasks may be large."""
+    digest = hashlib.sha256()
+    for text in _json_of(tasks):
+        digest.update(text.encode())
+    return digest.hexdigest()
+
+
+def _json_of(tasks: Sequence[Task]) -> Iterator[str]:
+    yield "["
+    for number, task in enumerate(tasks):
+        yield f"{', ' if number else ''}[{json.dumps(task.name)}, {json.dumps(task.labels)}, ["
+        for place, split in enumerate(sorted(task.splits)):
+            yield f"{', ' if place else ''}[{json.dumps(split)}, ["
+            for row, e in enumerate(task.splits[split]):
+                yield f"{', ' if row else ''}{json.dumps([e.text, e.label])}"
+            yield "]]"
+        rest = (sorted(task.descriptions.items()), task.description, task.oos_label)
+        yield f"], {', '.join(map(json.dumps, rest))}]"
+    yield "]"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from icl_markup.loading import BackboneConfig, checkpoint_gradients
 from icl_markup.metaicl import MetaIclConfig, MetaIclResult, load_metaicl, run_metaicl
 from icl_markup.metaicl_model import Trainee
 from icl_markup.model import MarkupModel
+from icl_markup.tasks import Example, HeldExamples, Task
 from icl_markup.warmup import OptimiserConfig, ValidationConfig, WarmupConfig, run_warmup
 from tests.conftest import KINDS, tiny_backbone, tiny_task
 
@@ -201,6 +203,32 @@ def test_a_finished_run_is_loaded_and_another_refused(tmp_path: Path, monkeypatc
         train(tmp_path)
     with pytest.raises(WarmupError, match="another backbone"):
         train(tmp_path, "roberta", validated=True)
+
+
+def test_the_hash_of_tasks_is_that_of_one_list_of_all_they_hold() -> None:
+    strange = Task(
+        'quo"ted',
+        ("é", "b"),
+        {"train": HeldExamples([Example("\n\u2028", "é")]), "a": HeldExamples([])},
+        {"é": "an é"},
+        "what",
+        "what",
+    )
+    tasks = [tiny_task("one"), strange, tiny_task("one")]
+    told = [
+        [
+            task.name,
+            task.labels,
+            sorted((split, [(e.text, e.label) for e in examples]) for split, examples in task.splits.items()),
+            sorted(task.descriptions.items()),
+            task.description,
+            task.oos_label,
+        ]
+        for task in tasks
+    ]
+    for some in (told, told[:1], []):
+        whole = hashlib.sha256(json.dumps(some).encode()).hexdigest()
+        assert metaicl_module._data_hash(tasks[: len(some)]) == whole
 
 
 def test_an_unfinished_run_is_not_continued_with_another_configuration(
