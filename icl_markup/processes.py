@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from accelerate import PartialState
 
+from icl_markup import zero
 from icl_markup.errors import MarkupError
 from icl_markup.sharded import check_launcher
 
@@ -53,8 +54,9 @@ class Processes:
         Raises:
             BackboneError: the launcher was told to split models in a way that does not work here.
         """
-        if launched() > 1:
+        if launched() > 1 or zero.is_told():
             check_launcher()
+            zero.hide_from_accelerate()
             PartialState(cpu=on_cpu)
         return cls.here()
 

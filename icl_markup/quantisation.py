@@ -187,7 +187,7 @@ def stored_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     seen = set()
     for name, value in [*model.named_parameters(), *model.named_buffers()]:
         seen.add(name)
-        yield from _parts(name, whole(value.detach()))
+        yield from _parts(name, whole(value).detach())
     if quantisation_of(model) == "none":
         return
     for name, value in model.state_dict().items():  # bitsandbytes keeps scales in no parameter and no buffer

@@ -1,8 +1,9 @@
-"""Backbones larger than one device: their layers are split over the processes (FSDP2), the rest each has whole.
+"""Backbones larger than one device: their layers are split over the processes, the rest each has whole.
 
-A layer's weights are gathered while it computes, and again in the backward pass. They are frozen, so nothing of them
-is ever reduced. Embedding, head and what else lies outside the layers stay whole in every process, as rows of them are
-read by themselves and tags stand in for some; so does the table of tags, whose gradient a warm-up adds up itself.
+FSDP2 splits them, or DeepSpeed's ZeRO-3 (`icl_markup.zero`), as `accelerate launch` was told. A layer's weights are
+gathered while it computes, and again in the backward pass. They are frozen, so nothing of them is ever reduced.
+Embedding, head and what else lies outside the layers stay whole in every process, as rows of them are read by
+themselves and tags stand in for some; so does the table of tags, whose gradient a warm-up adds up itself.
 
 While such a backbone computes, all processes must, the same number of times: they train on batches of their own, but
 answer the same queries.
@@ -11,6 +12,7 @@ answer the same queries.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -19,20 +21,18 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from icl_markup import zero
 from icl_markup.errors import BackboneError
 
 
 def check_launcher() -> None:
-    """Check that `accelerate launch`, if it was told to split models over processes, was told to do so by FSDP2.
+    """Check that `accelerate launch`, if it was told to split models over processes, was told of FSDP2 or ZeRO-3.
 
     Raises:
-        BackboneError: it was told otherwise.
+        BackboneError: it was told otherwise, or of a DeepSpeed that is not there.
     """
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        raise BackboneError(
-            "accelerate's configuration asks for DeepSpeed, which splits embedding and head too, of which rows are "
-            "read here; launch with configs/accelerate/fsdp2.yaml, which splits the layers alone"
-        )
+    if zero.is_told():
+        zero.check()
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
         return
     version = os.environ.get("FSDP_VERSION", "1")
@@ -48,10 +48,14 @@ def check_launcher() -> None:
 def shards_layers() -> bool:
     """Return whether `accelerate launch` has started several processes and was told to split models over them.
 
+    One process of DeepSpeed counts, too: what is split over it can lie in main memory.
+
     Raises:
         BackboneError: as `check_launcher`.
     """
     check_launcher()
+    if zero.is_told():
+        return dist.is_initialized()
     told = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     return told and dist.is_initialized() and dist.get_world_size() > 1
 
@@ -64,12 +68,30 @@ def shard_layers(model: nn.Module, device: torch.device) -> None:
         device: this process's device.
 
     Raises:
-        BackboneError: the model has no list of layers.
+        BackboneError: the model has no list of layers, or a setting does not fit DeepSpeed.
     """
     stacks = _stacks(model)
     if not stacks:
         raise BackboneError(f"{type(model).__name__} has no list of layers to split over processes")
     model.requires_grad_(False)
+    (zero.split if zero.is_told() else _split)(stacks, device)
+    model.to(device)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Return whether some weights of a model are split over processes."""
+    return any(isinstance(p, DTensor) or zero.is_split(p) for p in model.parameters())
+
+
+def whole(value: Tensor) -> Tensor:
+    """Return a tensor as it is, or gathered where it is split, for which all processes must ask together."""
+    if zero.is_split(value):
+        return zero.gathered(value)
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def _split(stacks: Sequence[tuple[nn.Module, nn.ModuleList]], device: torch.device) -> None:
+    """Split layers over all processes by FSDP2, in place."""
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for stack, layers in stacks:
         for layer in layers:
@@ -77,17 +99,6 @@ def shard_layers(model: nn.Module, device: torch.device) -> None:
         # The stack fetches a layer while the one before computes. It holds nothing of its own.
         whole = {p for p in stack.parameters() if not isinstance(p, DTensor)}
         fully_shard(stack, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
-    model.to(device)
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Return whether some weights of a model are split over processes."""
-    return any(isinstance(p, DTensor) for p in model.parameters())
-
-
-def whole(value: Tensor) -> Tensor:
-    """Return a tensor as it is, or gathered where it is split, for which all processes must ask together."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def _stacks(module: nn.Module) -> list[tuple[nn.Module, nn.ModuleList]]:

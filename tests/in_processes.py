@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import os
@@ -12,9 +13,12 @@ from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 
 from icl_markup import experiment as chain
 from icl_markup import warmup as warmup_module
+from icl_markup.backbone import Backbone
 from icl_markup.cli import main
 from icl_markup.episodes import Demo, Episode, EpisodeConfig, Option, Query
 from icl_markup.errors import PromptError
@@ -26,11 +30,13 @@ from icl_markup.lock import only_run
 from icl_markup.metaicl import run_metaicl
 from icl_markup.metaicl_config import MetaIclConfig
 from icl_markup.model import MarkupModel
-from icl_markup.processes import Processes
+from icl_markup.processes import Processes, leave
 from icl_markup.prompted import Prompted
+from icl_markup.sharded import shard_layers, whole
 from icl_markup.warmup import OptimiserConfig, ValidationConfig, WarmupConfig, run_warmup
 from tests.conftest import tiny_task
 
+KINDS = ("llama", "t5", "bert", "segments")
 OPTIONS = (Option("lost card"), Option("weather"), Option("opening hours"))
 EPISODES = [
     Episode(OPTIONS, (Demo("will it rain", 1), Demo("I lost my card", 0)), (Query(text, i % 3),))
@@ -111,13 +117,26 @@ def evaluated(folder: Path, here: Processes) -> dict[str, Any]:
 PLAIN = "[{name: plain, templates: [plain_heldout_01]}]"
 
 
-def split(folder: Path, name: str) -> dict[str, Any]:
+def is_split(parameter: torch.Tensor) -> bool:
+    """Whether FSDP2 or DeepSpeed has split a parameter."""
+    return isinstance(parameter, DTensor) or hasattr(parameter, "ds_tensor")
+
+
+def share(parameter: Any) -> torch.Tensor:
+    """Return what this process holds of a split parameter."""
+    found: torch.Tensor = parameter.to_local() if isinstance(parameter, DTensor) else parameter.ds_tensor
+    return found
+
+
+def split(folder: Path, runs: Path, name: str) -> dict[str, Any]:
     """Warm up on a backbone whose layers are split, and answer with it."""
     recompute = name == "llama"
-    model = warmed_up(folder / "split" / name, folder / name, gradient_checkpointing=recompute)
+    model = warmed_up(runs / name, folder / name, gradient_checkpointing=recompute)
     backbone = model.backbone
-    held = [p.to_local() if isinstance(p, DTensor) else p for p in backbone.model.parameters()]
-    layers = [p for p in backbone.model.parameters() if isinstance(p, DTensor)]
+    parameters = list(backbone.model.parameters())
+    layers = [p for p in parameters if is_split(p)]
+    # Of what DeepSpeed has split, a parameter itself is empty unless it is gathered at the moment.
+    rest = [p for p in parameters if not isinstance(p, DTensor)]
     answers = answer_together(model, EPISODES)
     names = MarkupModel(backbone, "markup", model.table.vectors(), answers="names")
     copied = MetaIclConfig(tasks=[], output=str(folder / "lora"), method="lora")
@@ -126,13 +145,12 @@ def split(folder: Path, name: str) -> dict[str, Any]:
         "loss": answers.loss.tolist(),
         "names": [one.scores.tolist() for found in names.scores(EPISODES) for one in found],
         "fingerprint": Fingerprint.of(backbone).to_json(),
-        "held": sum(p.numel() for p in held),
-        "in layers": sum(p.numel() for p in layers),
-        "held of layers": sum(p.to_local().numel() for p in layers),
-        "all": sum(p.numel() for p in backbone.model.parameters()),
+        "held": sum(p.numel() for p in [*rest, *map(share, layers)]),
+        "in layers": sum(whole(p).numel() for p in layers),
+        "held of layers": sum(share(p).numel() for p in layers),
+        "all": sum(whole(p).numel() for p in parameters),
         "trained": [n for n, p in backbone.model.named_parameters() if p.requires_grad],
-        "whole": not isinstance(model.table.rows, DTensor)
-        and not isinstance(next(backbone.embedding.parameters()), DTensor),
+        "whole": not is_split(model.table.rows) and not is_split(next(backbone.embedding.parameters())),
         "copied": failure(lambda: run_metaicl(copied, tasks=[], validation_tasks=[], backbone=backbone)),
     }
 
@@ -155,24 +173,110 @@ def spoilt(folder: Path, here: Processes) -> dict[str, Any]:
     return found
 
 
+def experts(here: Processes) -> float:
+    """Return how far a model whose processes choose other experts is, once it is split, from what it was.
+
+    Returns:
+        The largest difference of logits and gradients in some passes.
+    """
+    torch.manual_seed(0)
+    size = {"d_model": 16, "d_ff": 32, "d_kv": 8, "num_heads": 2, "num_layers": 2, "num_decoder_layers": 2}
+    sparse = {"num_experts": 4, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1}
+    config = SwitchTransformersConfig(vocab_size=50, decoder_start_token_id=0, **size, **sparse)
+    models = [SwitchTransformersForConditionalGeneration(config).eval().requires_grad_(False)]
+    models.append(copy.deepcopy(models[0]))
+    shard_layers(models[0], torch.device("cpu"))
+    differences = []
+    for _ in range(3):
+        drawn = torch.randn(here.count, 3, 16)[here.index : here.index + 1]
+        found = []
+        for model in models:
+            given = drawn.clone().requires_grad_()
+            logits = model(inputs_embeds=given, decoder_input_ids=torch.zeros(1, 2, dtype=torch.long)).logits
+            logits.square().mean().backward()
+            found.append(torch.cat([logits.detach().flatten(), given.grad.flatten()]))
+        differences.append(float((found[0] - found[1]).abs().max()))
+    return max(differences)
+
+
+def gathered_at_once(folder: Path) -> dict[str, Any]:
+    """Return how many matrices of a split model DeepSpeed has gathered while it computes, and when it has computed.
+
+    A file of DeepSpeed's own lets it fetch less at a time than the model has.
+    """
+    path = folder / f"deepspeed-{Processes.here().index}.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_prefetch_bucket_size": 500}}))
+    os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(path)
+    backbone = Backbone.load(BackboneConfig(str(folder), device="cpu", precision="none"))
+    matrices = [m for m in backbone.model.modules() if isinstance(m, torch.nn.Linear) and is_split(m.weight)]
+    stored: list[StorageWeakRef] = []
+    during: list[int] = []
+
+    def gathered() -> int:
+        return sum(m.weight.ds_status.name != "NOT_AVAILABLE" for m in matrices)
+
+    def note(module: torch.nn.Linear, *_: Any) -> None:
+        stored.append(StorageWeakRef(module.weight.untyped_storage()))
+        during.append(gathered())
+
+    for module in matrices:
+        module.register_forward_hook(note, prepend=True)
+    found: dict[str, Any] = {"matrices": len(matrices), "during": [], "left": [], "after": []}
+    for _ in range(4):
+        during.clear()
+        given = torch.ones(1, 5, backbone.width, requires_grad=True)
+        logits = backbone.model(inputs_embeds=given).logits
+        found["left"].append(sum(not one.expired() for one in stored))
+        logits.sum().backward()
+        found["during"].append(max(during))
+        found["after"].append(gathered())
+        assert given.grad is not None and given.grad.any()
+    with torch.inference_mode():
+        backbone.model(inputs_embeds=given)
+    found["after"].append(gathered())
+    return found
+
+
+def offloaded(folder: Path, runs: Path) -> dict[str, Any]:
+    """Warm up on a backbone whose layers DeepSpeed keeps elsewhere, and return where, too."""
+    from deepspeed.runtime.zero import partition_parameters
+
+    places: list[Any] = []
+
+    class Noted(partition_parameters.Init):  # type: ignore[misc]
+        def __init__(self, *args: Any, **more: Any):
+            super().__init__(*args, **more)
+            places.append(self.remote_device)
+
+    partition_parameters.Init = Noted
+    # Where it is told of no place, DeepSpeed names the device itself.
+    found = split(folder, runs, "bert")
+    told = [None if isinstance(place, torch.device) else place for place in places]
+    return {**found, "places": told, "accelerate knows": os.environ["ACCELERATE_USE_DEEPSPEED"]}
+
+
 def start(what: str, folder: Path, here: Processes) -> dict[str, Any]:
     """Do what is asked for; return what is to be written."""
     if what == "shared":
         return {**primitives(here), "spoilt": spoilt(folder, here), "evaluated": evaluated(folder, here)}
-    found: dict[str, Any] = {name: split(folder, name) for name in ("llama", "t5", "bert", "segments")}
+    if what == "offloaded":
+        return offloaded(folder, folder / what)
+    found: dict[str, Any] = {name: split(folder, folder / what, name) for name in KINDS}
 
     def meddle(self: Any, *_args: Any) -> Any:
         with torch.no_grad():
-            last = [p for p in self.model.backbone.model.parameters() if isinstance(p, DTensor)][-1]
-            last.to_local().add_(1e-3)
+            share([p for p in self.model.backbone.model.parameters() if is_split(p)][-1]).add_(1e-3)
         self.progress.step = self.config.optimiser.steps
         return {"loss": 0.0}
 
     step, warmup_module._Warmup._step = warmup_module._Warmup._step, meddle  # type: ignore[method-assign]
-    found["meddled"] = failure(lambda: warmed_up(folder / "meddled", folder / "bert"))
+    found["meddled"] = failure(lambda: warmed_up(folder / f"meddled-{what}", folder / "bert"))
     warmup_module._Warmup._step = step  # type: ignore[method-assign]
-    config = load_experiment("two.yaml", ["--cells", "split-cells", "--output", "split.jsonl", "--methods", PLAIN])
+    config = load_experiment("two.yaml", ["--cells", f"{what}-cells", "--output", f"{what}.jsonl", "--methods", PLAIN])
     run_experiment(config, "c", progress=False)
+    found["experts"] = experts(here)
+    if what == "zero":
+        found["gathered"] = gathered_at_once(folder / "bert")
     return found
 
 
@@ -182,3 +286,4 @@ if __name__ == "__main__":
     us = Processes.joined(on_cpu=True)
     result = start(told, place, us)
     (place / f"{told}-{us.index}.json").write_text(json.dumps(result))
+    leave()

@@ -188,7 +188,14 @@ def helps() -> str:
     return out.getvalue()
 
 
-OF_ACCELERATE = ("--mixed_precision", "--config_file", "--num_processes", "--multi_gpu", "--cpu")
+OF_ACCELERATE = (
+    "--mixed_precision",
+    "--config_file",
+    "--deepspeed_config_file",
+    "--num_processes",
+    "--multi_gpu",
+    "--cpu",
+)
 
 
 @pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.stem)

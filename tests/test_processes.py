@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,36 +18,38 @@ import yaml
 
 from icl_markup import cli, processes
 from icl_markup.cells import Cell
-from icl_markup.errors import BackboneError, MarkupError
+from icl_markup.errors import MarkupError
 from icl_markup.evaluation import answer_queries
 from icl_markup.experiment import load_experiment, run_experiment
 from icl_markup.fingerprint import Fingerprint
 from icl_markup.model import MarkupModel
 from icl_markup.processes import Processes
-from icl_markup.sharded import is_sharded, shards_layers, whole
 from tests.conftest import TEXTS, tiny_backbone
-from tests.in_processes import EPISODES, warmed_up
+from tests.in_processes import EPISODES, KINDS, warmed_up
 from tests.test_segments import network
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "accelerate"
-KINDS = ("llama", "t5", "bert", "segments")
+BY = {"split": "fsdp2.yaml", "zero": "zero3.yaml"}
+"""How a backbone is split, by the folder of its runs."""
 
 
-def launch(folder: Path, what: str, config: str) -> list[dict[str, Any]]:
-    """Run tests/in_processes.py in two processes as a configuration of ours says, which works on CPUs, too."""
-    command = ["accelerate.commands.launch", "--config_file", str(CONFIGS / config), "--num_processes", "2"]
+def launch(folder: Path, what: str, config: str, *more: str, count: int = 2) -> list[dict[str, Any]]:
+    """Run tests/in_processes.py in some processes as a configuration of ours says, which works on CPUs, too."""
+    command = ["accelerate.commands.launch", "--config_file", str(CONFIGS / config), "--num_processes", str(count)]
+    command += more
+    paths = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
         [sys.executable, "-m", *command, "-m", "tests.in_processes", what, str(folder)],
         capture_output=True,
         text=True,
         cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[1])},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))},
         check=False,
     )
     (folder / f"{what}.out").write_text(done.stdout)
     (folder / f"{what}.err").write_text(done.stderr)
     assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads((folder / f"{what}-{index}.json").read_text()) for index in (0, 1)]
+    return [json.loads((folder / f"{what}-{index}.json").read_text()) for index in range(count)]
 
 
 @pytest.fixture(scope="module")
@@ -127,10 +130,19 @@ def shared(workplace: Path) -> list[dict[str, Any]]:
     return launch(workplace, "shared", "multi_gpu.yaml")
 
 
+@pytest.fixture(scope="module", params=BY)
+def by(request: pytest.FixtureRequest) -> str:
+    """What splits a backbone."""
+    name: str = request.param
+    if name == "zero" and find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed")
+    return name
+
+
 @pytest.fixture(scope="module")
-def split(workplace: Path) -> list[dict[str, Any]]:
+def split(workplace: Path, by: str) -> list[dict[str, Any]]:
     """What two processes found that split a backbone's layers."""
-    return launch(workplace, "split", "fsdp2.yaml")
+    return launch(workplace, by, BY[by])
 
 
 def test_alone_there_is_one_process_that_does_everything() -> None:
@@ -213,19 +225,20 @@ def test_an_evaluation_ends_in_all_processes_with_the_error_of_one(
 
 @pytest.mark.parametrize("name", KINDS)
 def test_a_backbone_split_over_two_processes_gives_the_tags_and_answers_of_a_whole_one(
-    name: str, workplace: Path, split: list[dict[str, Any]], tmp_path: Path
+    name: str, workplace: Path, by: str, split: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     model = warmed_up(tmp_path / "run", workplace / name)
     ours, theirs = split[0][name], split[1][name]
     rows = model.table.rows.detach()
-    assert torch.allclose(torch.tensor(ours["rows"]), rows, atol=1e-5)
+    # Linear layers of DeepSpeed round otherwise, and T5's embeddings are large.
+    assert torch.allclose(torch.tensor(ours["rows"]), rows, atol=3e-5 if by == "zero" else 1e-5)
     assert ours["rows"] == theirs["rows"] and ours["loss"] == theirs["loss"]
     assert not torch.allclose(MarkupModel(model.backbone, "markup").table.rows.detach(), rows, atol=1e-3)
     assert np.allclose(ours["loss"], answer_queries(model, EPISODES).loss, atol=1e-5)
     names = MarkupModel(model.backbone, "markup", model.table.vectors(), answers="names")
     scores = [one.scores.tolist() for found in names.scores(EPISODES) for one in found]
     assert np.allclose(ours["names"], scores, atol=1e-5)
-    runs = (workplace / "split" / name, tmp_path / "run")
+    runs = (workplace / by / name, tmp_path / "run")
     metrics = [(run / "metrics.jsonl").read_text().splitlines() for run in runs]
     validated = [[row for row in map(json.loads, lines) if "validation_loss" in row] for lines in metrics]
     assert len(validated[0]) == 3
@@ -234,8 +247,8 @@ def test_a_backbone_split_over_two_processes_gives_the_tags_and_answers_of_a_who
         assert a["validation_loss"] == pytest.approx(b["validation_loss"], abs=1e-5)
     # The files name the same backbone, so that the tags are loaded on a whole one.
     assert Fingerprint.from_json(ours["fingerprint"]) == Fingerprint.of(model.backbone)
-    loaded = MarkupModel.from_tags(workplace / "split" / name / "tags", model.backbone)
-    assert torch.allclose(loaded.table.rows, rows, atol=1e-5)
+    loaded = MarkupModel.from_tags(workplace / by / name / "tags", model.backbone)
+    assert torch.allclose(loaded.table.rows, rows, atol=3e-5)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -245,6 +258,32 @@ def test_each_process_holds_half_of_the_layers_and_all_of_the_rest(name: str, sp
     assert 0.45 < first["held of layers"] / first["in layers"] < 0.55
     assert first["held"] == first["all"] - second["held of layers"]
     assert first["trained"] == [] and first["whole"]
+
+
+def test_processes_that_choose_other_experts_do_not_mix_their_weights_up(split: list[dict[str, Any]]) -> None:
+    assert all(found["experts"] < 1e-4 for found in split)
+
+
+@pytest.mark.parametrize("by", ["zero"], indirect=True, scope="module")
+def test_deepspeed_keeps_no_weights_for_the_backward_pass(split: list[dict[str, Any]]) -> None:
+    for one in split:
+        found = one["gathered"]
+        assert found["matrices"] > 10
+        # A pass of a new kind is noted down, one matrix at a time; in the next, those that follow are fetched ahead.
+        assert min(found["during"]) == 1 < found["during"][-1] < found["matrices"]
+        assert found["left"] == [0] * 4
+        assert found["after"] == [0] * 5
+
+
+def test_one_process_keeps_the_layers_in_main_memory(workplace: Path, tmp_path: Path) -> None:
+    if find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed")
+    (found,) = launch(workplace, "offloaded", "zero3.yaml", "--offload_param_device", "cpu", count=1)
+    model = warmed_up(tmp_path / "run", workplace / "bert")
+    assert torch.allclose(torch.tensor(found["rows"]), model.table.rows.detach(), atol=1e-5)
+    assert Fingerprint.from_json(found["fingerprint"]) == Fingerprint.of(model.backbone)
+    assert found["held of layers"] == found["in layers"] > 0
+    assert found["places"] == ["cpu"] and found["accelerate knows"] == "false"
 
 
 def test_a_changed_shard_is_noticed_by_all_processes(split: list[dict[str, Any]]) -> None:
@@ -258,34 +297,15 @@ def test_a_split_backbone_is_not_copied(split: list[dict[str, Any]]) -> None:
         assert kind == "WarmupError" and "without splitting" in text
 
 
-def test_a_split_backbone_measures_the_cells_of_a_whole_one(workplace: Path, split: list[dict[str, Any]]) -> None:
+def test_a_split_backbone_measures_the_cells_of_a_whole_one(
+    workplace: Path, by: str, split: list[dict[str, Any]]
+) -> None:
     assert split
-    cells = list((workplace / "split-cells").glob("*"))
+    cells = list((workplace / f"{by}-cells").glob("*"))
     assert cells
     for path in cells:
         mine, other = Cell.load(path), Cell.load(workplace / "cells1" / path.name)
         assert np.array_equal(mine.predicted, other.predicted) and np.allclose(mine.loss, other.loss, atol=1e-5)
-
-
-def test_what_the_launcher_says_of_split_models_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not shards_layers()
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    for name, value, message in (
-        ("FSDP_VERSION", "1", "fsdp_version to 2"),
-        ("FSDP_CPU_RAM_EFFICIENT_LOADING", "true", "fsdp_cpu_ram_efficient_loading to false"),
-        ("ACCELERATE_USE_DEEPSPEED", "true", "fsdp2.yaml"),
-    ):
-        with monkeypatch.context() as patch:
-            patch.setenv("FSDP_VERSION", "2")
-            patch.setenv(name, value)
-            with pytest.raises(BackboneError, match=message):
-                shards_layers()
-    monkeypatch.setenv("FSDP_VERSION", "2")
-    assert not shards_layers()  # there is nobody to share with
-    backbone = tiny_backbone("bert")
-    assert not is_sharded(backbone.model)
-    table = next(backbone.embedding.parameters())
-    assert whole(table) is table
 
 
 def test_other_processes_let_the_first_say_what_is_wrong(
