@@ -6,15 +6,16 @@ PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --co
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install quickstart test results docs lint types unit audit clean
+.PHONY: help install quickstart test results docs lint types unit test-deepspeed audit clean
 
 help:
-	@echo "make quickstart   install, warm tags up on the embedded tasks, and compare them with plain words"
-	@echo "make test         install, lint, check types and run the tests"
-	@echo "make results      install, and make every number of results/ again (hours; goes on where it was stopped)"
-	@echo "make audit        compare the pinned versions with published advisories (needs the network)"
-	@echo "make docs         install, and build the documentation into site/"
-	@echo "make clean        remove the virtual environment and caches"
+	@echo "make quickstart       install, warm tags up on the embedded tasks, and compare them with plain words"
+	@echo "make test             install, lint, check types and run the tests"
+	@echo "make test-deepspeed   install DeepSpeed beside it, and run the tests that need it"
+	@echo "make results          install, and make every number of results/ again (hours; goes on where it was stopped)"
+	@echo "make audit            compare the pinned versions with published advisories (needs the network)"
+	@echo "make docs             install, and build the documentation into site/"
+	@echo "make clean            remove the virtual environment and caches"
 
 $(VENV)/pyvenv.cfg:
 	$(PYTHON) -m venv $(VENV)
@@ -55,6 +56,13 @@ types: .installed-dev
 unit: .installed-dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
+# In a folder of its own: where it is installed, it speaks whenever PEFT is imported, which other tests would hear.
+.deepspeed: .installed-dev
+	DS_BUILD_OPS=0 $(PIP) --no-deps --target $@ "deepspeed==0.19.8" hjson py-cpuinfo msgpack ninja einops
+
+test-deepspeed: .deepspeed
+	PYTHONPATH=$(CURDIR)/.deepspeed $(BIN)/python -m pytest tests/test_launcher.py tests/test_processes.py
+
 # In an environment of its own: pip-audit brings versions of its own along.
 audit:
 	$(PYTHON) -m venv .venv-audit
@@ -62,4 +70,4 @@ audit:
 	.venv-audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict
 
 clean:
-	rm -rf $(VENV) .venv-audit site .installed-run .installed-dev .mypy_cache .ruff_cache .pytest_cache build *.egg-info
+	rm -rf $(VENV) .venv-audit .deepspeed site .installed-run .installed-dev .mypy_cache .ruff_cache .pytest_cache build *.egg-info
