@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --constraint constraints.txt
+DEEPSPEED := deepspeed==0.19.8 einops==0.8.2 hjson==3.1.0 msgpack==1.2.4 ninja==1.13.2 py-cpuinfo==9.0.0
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
@@ -57,10 +58,12 @@ unit: .installed-dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # In a folder of its own: where it is installed, it speaks whenever PEFT is imported, which other tests would hear.
-.deepspeed: .installed-dev
-	DS_BUILD_OPS=0 $(PIP) --no-deps --target $@ "deepspeed==0.19.8" hjson py-cpuinfo msgpack ninja einops
+.installed-deepspeed: .installed-dev
+	rm -rf .deepspeed
+	DS_BUILD_OPS=0 $(PIP) --no-deps --target .deepspeed $(DEEPSPEED)
+	@touch $@
 
-test-deepspeed: .deepspeed
+test-deepspeed: .installed-deepspeed
 	PYTHONPATH=$(CURDIR)/.deepspeed $(BIN)/python -m pytest tests/test_launcher.py tests/test_processes.py
 
 # In an environment of its own: pip-audit brings versions of its own along.
@@ -70,4 +73,4 @@ audit:
 	.venv-audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict
 
 clean:
-	rm -rf $(VENV) .venv-audit .deepspeed site .installed-run .installed-dev .mypy_cache .ruff_cache .pytest_cache build *.egg-info
+	rm -rf $(VENV) .venv-audit .deepspeed site .installed-run .installed-dev .installed-deepspeed .mypy_cache .ruff_cache .pytest_cache build *.egg-info

@@ -176,6 +176,11 @@ class Backbone:
         """Whether its layers are split over processes, which must then compute, hash and save together."""
         return is_sharded(self.model)
 
+    @property
+    def runs_on_cpu(self) -> bool:
+        """Whether its forward and backward passes are those of a CPU."""
+        return self.device.type == "cpu"
+
     @cached_property
     def exactness(self) -> Exactness:
         """Whether prompts may be packed over a cache of what they share; checked at first use."""

@@ -141,6 +141,7 @@ class _Warmup:
         self._settled = 0
         self._interrupts: list[int] = []
         self._told_to_stop = False
+        self._unwritten: WarmupError | None = None
 
     def run(self) -> WarmupResult:
         """Train and save, alone in the output folder; of several processes only the main one writes there."""
@@ -239,7 +240,7 @@ class _Warmup:
         self._save()
 
     def _step(self, step: Step) -> Launched:
-        return self.optimiser.launch(step, bool(self._interrupts))
+        return self.optimiser.launch(step, bool(self._interrupts) or self._unwritten is not None)
 
     def _settle(self) -> None:
         """Read what the step before came to, and write it down."""
@@ -305,10 +306,16 @@ class _Warmup:
         return patience is not None and self.progress.stale >= patience
 
     def _log(self, metrics: dict[str, Any]) -> None:
-        if not self.accelerator.is_main_process:
+        if not self.here.is_main or self._unwritten is not None:
             return
-        with writing(self.out):
-            append_line(self.out / METRICS, json.dumps(metrics))
+        try:
+            with writing(self.out):
+                append_line(self.out / METRICS, json.dumps(metrics))
+        except WarmupError as error:
+            if self.here.count == 1:
+                raise
+            self._unwritten = error  # the other processes are told with the next step, and all end where they save
+            return
         if self.config.tracker != "none":
             self.accelerator.log({k: v for k, v in metrics.items() if k != "step"}, step=metrics["step"])
 
@@ -317,6 +324,8 @@ class _Warmup:
         self.here.from_main(self._write_checkpoint)
 
     def _write_checkpoint(self) -> None:
+        if self._unwritten is not None:
+            raise self._unwritten
         with writing(self.out):
             save_checkpoint(self.out, self.table.rows, self.best, self.optimiser.raw, self.progress, self._comparable())
 

@@ -38,6 +38,14 @@ _DEFAULTS = {"stage3_max_reuse_distance": 0, "stage3_param_persistence_threshold
 for the backward pass, and small weights for ever."""
 
 
+_ACCELERATE_KEYS = (
+    "accelerate's configuration",
+    "deepspeed_config.zero_stage",
+    "deepspeed_config.offload_param_device",
+)
+_FILE_KEYS = ("zero_optimization.stage", "zero_optimization.offload_param.device")
+
+
 def is_told() -> bool:
     """Return whether `accelerate launch` was told to use DeepSpeed."""
     return any(os.environ.get(name, "false").lower() == "true" for name in (_ACCELERATE, _OURS))
@@ -57,16 +65,18 @@ def check() -> None:
     if is_old:
         raise BackboneError(f"accelerate was told to use DeepSpeed, which is older than {_OLDEST}: {INSTALL}")
     settings = _settings()
+    file = _file()
+    of, stage_key, place_key = _ACCELERATE_KEYS if file is None else (file, *_FILE_KEYS)
     if str(settings.get("stage", 0)) != "3":
         raise BackboneError(
-            f"accelerate's configuration asks for ZeRO stage {settings.get('stage', 0)} of DeepSpeed, which does not "
-            "split a frozen model; set deepspeed_config.zero_stage to 3"
+            f"{of} asks for ZeRO stage {settings.get('stage', 0)} of DeepSpeed, which does not split a frozen model; "
+            f"set {stage_key} to 3"
         )
     place = settings.get("offload_param")
     device = place.get("device", "none") if isinstance(place, dict) else "none"
     if device not in ("none", "cpu"):
         raise BackboneError(
-            f"DeepSpeed cannot keep weights on {device} here; set deepspeed_config.offload_param_device to cpu or none"
+            f"{of} asks for weights on {device}, where DeepSpeed cannot keep them here; set {place_key} to cpu or none"
         )
 
 
@@ -143,15 +153,26 @@ def _settings() -> dict[str, Any]:
     Raises:
         BackboneError: the file cannot be read.
     """
-    path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
-    if path == "none":
+    path = _file()
+    if path is None:
         device = os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "none")
         return {"stage": os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"), "offload_param": {"device": device}}
     try:
         found = dict(json.loads(Path(path).read_text(encoding="utf-8"))["zero_optimization"])
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise BackboneError(f"{path}: no configuration of DeepSpeed with zero_optimization: {error}") from error
+    except OSError as error:
+        raise BackboneError(f"--deepspeed_config_file {path}: {error.strerror or error}") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise BackboneError(
+            f"--deepspeed_config_file {path}: no configuration of DeepSpeed; it must be JSON with a mapping "
+            "zero_optimization, of which stage is 3"
+        ) from error
     return {name: value for name, value in found.items() if value != "auto"}
+
+
+def _file() -> str | None:
+    """Return the path that ``--deepspeed_config_file`` gives, or None."""
+    path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    return None if path == "none" else path
 
 
 def _config() -> DeepSpeedZeroConfig:
@@ -167,7 +188,7 @@ def _config() -> DeepSpeedZeroConfig:
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(map(str, ("zero_optimization", *first["loc"])))
-        raise BackboneError(f"DeepSpeed's configuration: {name}: {first['msg']}") from error
+        raise BackboneError(f"{_file() or 'DeepSpeed'}: {name}: {first['msg']}; correct it or leave it out") from error
 
 
 def _prepare(device: torch.device) -> None:

@@ -33,6 +33,8 @@ from check_plan import equal_items, skeleton_of, step
 
 from icl_markup import Backbone, EpisodeConfig, EpisodeSampler, MarkupModel
 from icl_markup.accelerators import REDUCTION_SECONDS
+from icl_markup.casts import cast_once
+from icl_markup.norms import fast_norms
 from icl_markup.replay import Stopwatch
 from icl_markup.results import provenance, write_rows
 from icl_markup.stream import Item
@@ -84,11 +86,12 @@ def middle_length(model: MarkupModel, episodes: EpisodeConfig) -> int:
 def measured(model: MarkupModel, items: list[Item], steps: int) -> list[float]:
     """Return the seconds of some steps."""
     seconds = []
-    for number in range(steps + 2):
-        began = time.perf_counter()
-        step(model, items)
-        if number > 1:
-            seconds.append(time.perf_counter() - began)
+    with cast_once(model.backbone), fast_norms(model.backbone):
+        for number in range(steps + 2):
+            began = time.perf_counter()
+            step(model, items)
+            if number > 1:
+                seconds.append(time.perf_counter() - began)
     return seconds
 
 
@@ -100,14 +103,15 @@ def in_process(rank: int, processes: int, place: str, steps: int, out: str) -> N
     assert model.table is not None
     items = equal_items(model, PROMPTS, 256)
     seconds = []
-    for _ in range(steps + 2):
-        torch.distributed.barrier()
-        began = time.perf_counter()
-        for _ in range(2 // processes):
-            step(model, items)
-        total = torch.zeros_like(model.table.rows)
-        torch.distributed.all_reduce(total)
-        seconds.append(time.perf_counter() - began)
+    with cast_once(model.backbone), fast_norms(model.backbone):
+        for _ in range(steps + 2):
+            torch.distributed.barrier()
+            began = time.perf_counter()
+            for _ in range(2 // processes):
+                step(model, items)
+            total = torch.zeros_like(model.table.rows)
+            torch.distributed.all_reduce(total)
+            seconds.append(time.perf_counter() - began)
     torch.distributed.destroy_process_group()
     if rank == 0:
         Path(out).write_text(json.dumps(seconds[2:]), encoding="utf-8")

@@ -35,6 +35,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def equal_items(warmup: Warmup, length: int = LENGTH) -> list[Item]:
     for step in itertools.islice(warmup.stream.steps(), 1000):
         for item in itertools.chain(*step.batches):
             if abs(len(item.prompt.ids) - length) <= 4:
-                return [item] * (PROMPTS * LENGTH // length)
+                return [item] * (PROMPTS * LENGTH // len(item.prompt.ids))
     raise SystemExit(f"no prompt of about {length} tokens")
 
 
@@ -255,7 +256,10 @@ def memory_of(way: str, shape: str, precision: str, out: str) -> float:
             train()
         return memory.grown
     make = own(way, model, out)
-    with Memory() as memory, cast_once(model.backbone), fast_norms(model.backbone):
+    with Memory() as memory, ExitStack() as held:
+        if way != "limit":
+            held.enter_context(cast_once(model.backbone))
+            held.enter_context(fast_norms(model.backbone))
         make()
         make()
     return memory.grown

@@ -18,8 +18,8 @@ _GROUPS = {
     "Prompts": "template markup prompt layout chat answers text",
     "Backbone and tags": "tags loading quantisation backbone batching names model scoring sharing packing prefixes"
     " exactness segments backbone_checks attention_kernels devices",
-    "Warm-up": "warmup warmup_config start stream optimisation activations beginnings casts checkpoint run_folder lock"
-    " files processes sharded zero",
+    "Warm-up": "warmup warmup_config start stream optimisation activations beginnings casts norms checkpoint run_folder"
+    " lock files processes sharded zero",
     "Planning": "plan plan_cli study skeleton ledger workload replay accelerators",
     "Tag folders": "tagfile fingerprint card hub push compose composition ancestry tag_commands",
     "Tags in other tools": "export_merged export_peft import_peft export_payloads placement merging exported"

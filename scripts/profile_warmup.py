@@ -2,7 +2,7 @@
 
     python scripts/profile_warmup.py results/bench/profile.jsonl
 
-One step on 4 equal prompts of 256 tokens, after one that is not watched. `outside` is what the step takes beyond its
+One step on 8 equal prompts of 256 tokens, after one that is not watched. `outside` is what the step takes beyond its
 operations: Python, batches made into tensors, the optimiser's own bookkeeping. Composing prompts is timed by itself, as
 milliseconds a prompt.
 """

@@ -170,6 +170,10 @@ def spoilt(folder: Path, here: Processes) -> dict[str, Any]:
     warmup_module.save_checkpoint = full
     found["full"] = failure(lambda: warmed_up(folder / "full", folder / "bert"))
     warmup_module.save_checkpoint = save
+    append, warmup_module.append_line = warmup_module.append_line, full
+    found["full for a line"] = failure(lambda: warmed_up(folder / "full line", folder / "bert"))
+    warmup_module.append_line = append
+    found["left"] = sorted(path.name for path in (folder / "full line").iterdir())
     return found
 
 

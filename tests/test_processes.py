@@ -45,6 +45,7 @@ def launch(folder: Path, what: str, config: str, *more: str, count: int = 2) -> 
         cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))},
         check=False,
+        timeout=600,
     )
     (folder / f"{what}.out").write_text(done.stdout)
     (folder / f"{what}.err").write_text(done.stderr)
@@ -207,8 +208,10 @@ def test_the_first_process_alone_writes_and_prints(workplace: Path, shared: list
 
 
 def test_a_warm_up_ends_in_all_processes_where_the_first_cannot_write(shared: list[dict[str, Any]]) -> None:
+    full = "No space left on device"
     for one in shared:
-        for case, message in (("locked", "is writing to it"), ("full", "No space left on device")):
+        assert not any("checkpoint" in name for name in one["spoilt"]["left"])
+        for case, message in (("locked", "is writing to it"), ("full", full), ("full for a line", full)):
             kind, told = one["spoilt"][case]
             assert kind == "WarmupError" and message in told, told
 
