@@ -2,13 +2,13 @@
 
     python scripts/bench_scaling.py results/bench/scaling.jsonl --picture docs/scaling.png
 
-One thing grows at a time; batches are equal prompts of the sample tasks:
+One thing grows at a time; batches are equal prompts of the sample tasks, as many as 2,048 tokens hold:
 
-- options: N-way 1-shot, 4 prompts; demonstrations: 5-way K-shot, 4 prompts; the embedded backbone, bf16 autocast
-- tokens: 4 prompts, the embedded backbone and the shape of SmolLM2-135M, bf16 autocast
-- size: Llamas of 6 layers and growing width, 4 prompts of about 256 tokens, fp32
-- processes: two batches of 4 prompts of about 256 tokens a step, in one process and in two, one thread each,
-  gradients summed over gloo; the embedded backbone, bf16 autocast
+- options: N-way 1-shot; demonstrations: 5-way K-shot; the embedded backbone, bf16 autocast
+- tokens: the embedded backbone and the shape of SmolLM2-135M, bf16 autocast
+- size: Llamas of 6 layers and growing width, prompts of about 256 tokens, fp32
+- processes: two batches of prompts of about 256 tokens a step, in one process and in two, one thread each, gradients
+  summed over gloo; the embedded backbone, bf16 autocast
 
 `planned` is the sum of the operations that a model of fake tensors ran, each timed by itself on this machine;
 `flops` are a prompt's. Seconds are of a step's forward and backward pass, divided by its prompts.
@@ -40,12 +40,20 @@ from icl_markup.results import provenance, write_rows
 from icl_markup.stream import Item
 from icl_markup.study import observed
 
-PROMPTS = 4
+TOKENS = 2048
+"""What a batch holds."""
+
 POINTS: dict[str, list[int]] = {
     "options": [2, 4, 6, 8], "demonstrations": [0, 1, 2, 4], "tokens": [128, 256, 512, 1024],
     "tokens, 135M": [128, 256, 512], "size": [128, 256, 512, 1024], "processes": [1, 2],
 }  # fmt: skip
 """What grows, and to what."""
+
+
+def batch_of(model: MarkupModel, length: int, episodes: EpisodeConfig | None = None) -> list[Item]:
+    """Return a prompt of about so many tokens, as often as a batch holds it."""
+    (item,) = equal_items(model, 1, length, episodes)
+    return [item] * max(1, TOKENS // len(item.prompt.ids))
 
 
 def llama(width: int) -> MarkupModel:
@@ -62,18 +70,18 @@ def point(axis: str, value: int) -> tuple[MarkupModel, MarkupModel, list[Item]]:
     """Return the real model, the one without weights, and a batch."""
     if axis == "size":
         model = llama(value)
-        return model, skeleton_of(model, "llama", "fp32"), equal_items(model, PROMPTS, 256)
+        return model, skeleton_of(model, "llama", "fp32"), batch_of(model, 256)
     shape = "llama-135m" if axis.endswith("135M") else "embedded"
     model = MarkupModel(backbone_of(shape, "bf16"))
     fake = skeleton_of(model, shape, "bf16")
     if axis.startswith("tokens"):
         most = EpisodeConfig(n_way=(3, 8), k_shot=(0, 8), max_demos=64)
-        return model, fake, equal_items(model, PROMPTS, value, most)
+        return model, fake, batch_of(model, value, most)
     if axis == "processes":
-        return model, fake, equal_items(model, PROMPTS, 256)
+        return model, fake, batch_of(model, 256)
     n_way, k_shot = (value, 1) if axis == "options" else (5, value)
     episodes = EpisodeConfig(n_way=(n_way, n_way), k_shot=(k_shot, k_shot))
-    return model, fake, equal_items(model, PROMPTS, middle_length(model, episodes), episodes)
+    return model, fake, batch_of(model, middle_length(model, episodes), episodes)
 
 
 def middle_length(model: MarkupModel, episodes: EpisodeConfig) -> int:
@@ -101,7 +109,7 @@ def in_process(rank: int, processes: int, place: str, steps: int, out: str) -> N
     torch.distributed.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=processes)
     model = MarkupModel(backbone_of("embedded", "bf16"))
     assert model.table is not None
-    items = equal_items(model, PROMPTS, 256)
+    items = batch_of(model, 256)
     seconds = []
     with cast_once(model.backbone), fast_norms(model.backbone):
         for _ in range(steps + 2):
