@@ -184,6 +184,16 @@ def test_a_stopwatch_runs_every_operation_of_a_backward_pass(config: WarmupConfi
     assert 0 < forward < whole < 60
 
 
+@pytest.mark.parametrize(("size", "is_near"), [(1000, True), (2**20, False)])
+def test_inputs_of_large_operations_alone_are_driven_out_of_the_near_caches(size: int, is_near: bool) -> None:
+    with Ledger([]) as ledger:
+        torch.ones(size) * 2
+    watch = Stopwatch(torch.device("cpu"))
+    assert watch.seconds(ledger.operations.items()) > 0
+    assert bool(watch._scratch.any()) is not is_near
+    assert bool(watch._held) is not is_near
+
+
 def test_a_ledger_forgets_what_is_freed() -> None:
     weight = torch.ones(10)
     with Ledger([weight]) as ledger:
