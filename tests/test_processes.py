@@ -236,7 +236,6 @@ def test_a_backbone_split_over_two_processes_gives_the_tags_and_answers_of_a_who
     # Linear layers of DeepSpeed round otherwise, and T5's embeddings are large.
     assert torch.allclose(torch.tensor(ours["rows"]), rows, atol=3e-5 if by == "zero" else 1e-5)
     assert ours["rows"] == theirs["rows"] and ours["loss"] == theirs["loss"]
-    assert not torch.allclose(MarkupModel(model.backbone, "markup").table.rows.detach(), rows, atol=1e-3)
     assert np.allclose(ours["loss"], answer_queries(model, EPISODES).loss, atol=1e-5)
     names = MarkupModel(model.backbone, "markup", model.table.vectors(), answers="names")
     scores = [one.scores.tolist() for found in names.scores(EPISODES) for one in found]
@@ -245,6 +244,12 @@ def test_a_backbone_split_over_two_processes_gives_the_tags_and_answers_of_a_who
     metrics = [(run / "metrics.jsonl").read_text().splitlines() for run in runs]
     validated = [[row for row in map(json.loads, lines) if "validation_loss" in row] for lines in metrics]
     assert len(validated[0]) == 3
+    # The best step may be the first; that tags were trained alike the losses of later steps show.
+    trained = [[row for row in map(json.loads, lines) if "gradient_norm" in row] for lines in metrics]
+    assert len(trained[0]) == 4
+    for a, b in zip(*trained, strict=True):
+        assert b["gradient_norm"] > 1e-4
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-3)
     for a, b in zip(*validated, strict=True):
         assert a["validation_accuracy"] == b["validation_accuracy"]
         assert a["validation_loss"] == pytest.approx(b["validation_loss"], abs=1e-5)
