@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import copy
 import importlib.util
 import io
 import os
@@ -52,10 +53,11 @@ def starting_place(embedded: Backbone, tmp_path_factory: pytest.TempPathFactory)
     MarkupModel(embedded).save(folder / "runs/quickstart/tags")
     for name, kind in HUB.items():
         tiny = tiny_backbone(kind)
+        tokenizer = copy.copy(tiny.tokenizer)  # other tests have the same one
         if kind == "llama":
-            tiny.tokenizer.chat_template = CHAT
+            tokenizer.chat_template = CHAT
         tiny.model.save_pretrained(folder / name)
-        tiny.tokenizer.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
     return folder
 
 
