@@ -1,28 +1,21 @@
-"""Which implementation of attention computes a batch: one kernel (``sdpa``), or step by step (``eager``).
+"""Which implementation of attention computes a batch.
 
-On CPUs the kernel is as fast or faster, up to ten times for long prompts, with one exception: under bf16 autocast its
-backward pass takes longer for short prompts, up to twice as long. Measured by ``scripts/bench_attention.py``
-(``results/bench/attention.jsonl``): causal and masked models, heads of 32 to 128, prompts of 64 to 2,048 tokens.
+PyTorch's kernel (``sdpa``) is as fast as attention step by step (``eager``) or faster, up to six times for long
+prompts, with one exception: in bf16 on a CPU its backward pass is slow, and `blocked_attention` takes its place.
+Measured by ``scripts/bench_attention.py`` (``results/bench/attention.jsonl``): causal and masked models, heads of 32 to
+128, prompts of 64 to 2,048 tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
-import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from icl_markup.blocked_attention import BLOCKED, padded_to_the_right
 from icl_markup.errors import BackboneError
-
-SHORT = 192
-"""Prompts of fewer tokens train faster step by step in bf16 on a CPU: at 128 by a tenth to a half, at 256 by less than
-a tenth or not at all."""
-
-
-def trains_faster_eager(device: torch.device, precision: str, length: int) -> bool:
-    """Return whether prompts of so many tokens train faster with attention computed step by step."""
-    return device.type == "cpu" and precision == "bf16" and length < SHORT
 
 
 def can_switch(model: PreTrainedModel) -> bool:
@@ -37,20 +30,37 @@ def can_switch(model: PreTrainedModel) -> bool:
 
 
 @contextmanager
-def eager(model: PreTrainedModel) -> Iterator[None]:
+def blocked(model: PreTrainedModel, attention_mask: Tensor | None) -> Iterator[None]:
+    """While active, a model's attention is computed in blocks where it is trained in bf16 on a CPU.
+
+    Args:
+        model: the model.
+        attention_mask: the mask of padding that it is given, (prompts, longest), on the CPU; None: nothing is padded.
+    """
+    with _switched(model, BLOCKED), padded_to_the_right(attention_mask):
+        yield
+
+
+def eager(model: PreTrainedModel) -> AbstractContextManager[None]:
     """While active, a model's attention is computed step by step, so that there are weights to tell.
 
     Raises:
         BackboneError: the model cannot change how it computes attention.
     """
+    return _switched(model, "eager")
+
+
+@contextmanager
+def _switched(model: PreTrainedModel, name: str) -> Iterator[None]:
     before = model.config._attn_implementation
-    if before == "eager":
+    if before == name:
         yield
         return
     try:
-        model.set_attn_implementation("eager")
+        model.set_attn_implementation(name)
     except (ValueError, ImportError) as error:
-        raise BackboneError(f"{type(model).__name__} tells no attention: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0]
+        raise BackboneError(f"{type(model).__name__} cannot compute attention by {name!r}: {reason}") from error
     try:
         yield
     finally:

@@ -20,10 +20,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache
 
 from icl_markup.activations import lean_activations, recomputes
-from icl_markup.attention_kernels import can_switch, eager, trains_faster_eager
+from icl_markup.attention_kernels import blocked, can_switch
 from icl_markup.backbone_checks import check_head, check_sees_nothing_ahead, check_segments
 from icl_markup.batching import Batch
 from icl_markup.beginnings import beginning_length, computed, without_beginning
+from icl_markup.blocked_attention import MULTIPLE
 from icl_markup.devices import to_device
 from icl_markup.errors import BackboneError
 from icl_markup.exactness import Exactness, check_exactness
@@ -57,7 +58,7 @@ class Backbone:
         embedding: the module whose calls turn ids into vectors; in a sequence-to-sequence model the encoder's.
         max_length: the longest prompt in tokens.
         lock: held while the model runs: for that time its head and its embedding are not its own.
-        chooses_attention: whether the implementation of attention may be chosen by a batch's length
+        chooses_attention: whether attention may be computed by another implementation where that trains faster
             (`icl_markup.attention_kernels`); false where a configuration names one.
         quantisation: how its linear layers are quantised; ``none`` where they are not.
         local_layers: how many lower layers read a prompt segment by segment (`icl_markup.segments`); 0: none. Where
@@ -316,16 +317,28 @@ class Backbone:
         tags = substituted(self.embedding, table) if table is not None else nullcontext()
         is_trained = torch.is_grad_enabled() and not self._recomputes
         lean = lean_activations(self.model) if is_trained else nullcontext()
-        stepwise = eager(self.model) if is_trained and self._trains_faster_eager(inputs) else nullcontext()
-        with self.lock, tags, lean, stepwise, self._head_bypassed() as kept, self.autocast():
+        blocks: AbstractContextManager[None] = nullcontext()
+        if is_trained and self._trains_blocked:
+            blocks = blocked(self.model, inputs.get("attention_mask"))
+        with self.lock, tags, lean, blocks, self._head_bypassed() as kept, self.autocast():
             self.model(**inputs)
         return kept[0]
 
-    def _trains_faster_eager(self, inputs: Mapping[str, Any]) -> bool:
-        ids = inputs.get("input_ids", inputs.get("inputs_embeds"))
-        if not self.chooses_attention or ids is None:
+    def padded_length(self, length: int) -> int:
+        """Return to how many tokens prompts are padded that are trained on together, the longest of so many.
+
+        In bf16 on a CPU that is a multiple of `MULTIPLE`, see there; else no more than the longest needs.
+        """
+        if not self._trains_blocked:
+            return length
+        return max(length, min(-(-length // MULTIPLE) * MULTIPLE, self.max_length))
+
+    @property
+    def _trains_blocked(self) -> bool:
+        """Whether attention is trained by blocks of scores (`icl_markup.blocked_attention`)."""
+        if not (self.chooses_attention and self.runs_on_cpu and can_switch(self.model)):
             return False
-        return trains_faster_eager(self.device, self.precision, ids.shape[1]) and can_switch(self.model)
+        return self.precision == "bf16" or next(self.model.parameters()).dtype == torch.bfloat16
 
     @property
     def _recomputes(self) -> bool:
@@ -335,7 +348,8 @@ class Backbone:
     def _segments(self, batch: Batch) -> AbstractContextManager[Reading]:
         if not self.local_layers or batch.segments is None:
             return nullcontext(Reading({}, None))
-        return segment_attention(self.model, batch.segments, batch.anchors, self.device)
+        in_blocks = torch.is_grad_enabled() and self._trains_blocked
+        return segment_attention(self.model, batch.segments, batch.anchors, self.device, in_blocks)
 
     def decoder_ids(self, batch: Batch) -> Tensor:
         """Return the ids that a sequence-to-sequence decoder is given, (prompts, decoder length)."""

@@ -57,9 +57,10 @@ class Batch:
         decoder_ids: Tensor | None = None,
         segments: Sequence[Sequence[int]] | None = None,
         anchors: Sequence[Sequence[bool]] | None = None,
+        length: int = 0,
     ) -> Batch:
-        """Pad lists of ids; `slots` are pairs of (prompt, position)."""
-        longest = max(map(len, ids))
+        """Pad lists of ids to the longest, or to `length`; `slots` are pairs of (prompt, position)."""
+        longest = max(length, *map(len, ids))
         input_ids = torch.full((len(ids), longest), pad_id, dtype=torch.long)
         attention_mask = torch.zeros_like(input_ids)
         parts = torch.full_like(input_ids, PADDING)
@@ -86,8 +87,13 @@ class Batch:
         )
 
     @classmethod
-    def of_prompts(cls, prompts: Sequence[Prompt], pad_id: int = 0, *, all_slots: bool = True) -> Batch:
-        """Pad prompts whose slots are answered by symbols; with `all_slots` false, queries' slots only."""
+    def of_prompts(
+        cls, prompts: Sequence[Prompt], pad_id: int = 0, *, all_slots: bool = True, length: int = 0
+    ) -> Batch:
+        """Pad prompts whose slots are answered by symbols; with `all_slots` false, queries' slots only.
+
+        They are padded to the longest, or to `length` if that is more.
+        """
         slots = [(row, slot) for row, p in enumerate(prompts) for slot in p.slots if all_slots or slot.is_query]
         most = max(len(slot.candidates) for _, slot in slots)
         candidates = torch.zeros(len(slots), most, dtype=torch.long)
@@ -105,6 +111,7 @@ class Batch:
             pad_id=pad_id,
             segments=[prompt.segments for prompt in prompts],
             anchors=[prompt.anchors for prompt in prompts],
+            length=length,
         )
 
 

@@ -157,6 +157,7 @@ class _Run:
             window=plan.window,
             batch_tokens=plan.batch_tokens,
             batches_per_step=plan.batches_per_step,
+            padded_length=twin.padded_length,
         )
         self.optimizer = torch.optim.AdamW(self.trainee.weights, lr=config.peak_rate, weight_decay=config.weight_decay)
         self.scheduler = get_scheduler(
@@ -246,7 +247,7 @@ class _Run:
             self.scaler.scale(loss).backward()
             loss_sum += float(loss.detach())
             right += int((terms.scores.argmax(-1) == terms.targets).sum())
-            positions += max(len(p.ids) for p in prompts) * len(prompts)
+            positions += self.trainee.backbone.padded_length(max(len(p.ids) for p in prompts)) * len(prompts)
         if not math.isfinite(loss_sum):
             self._fail_on("loss", loss_sum)
         self.scaler.unscale_(self.optimizer)

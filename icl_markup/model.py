@@ -234,7 +234,10 @@ class MarkupModel:
             answers = [slot.answer for prompt in prompts for slot in prompt.slots]
             targets = torch.tensor([-1 if answer is None else answer for answer in answers], device=scores.device)
             return SlotScores(scores, targets, torch.ones_like(targets, dtype=torch.bool))
-        batch = Batch.of_prompts(prompts, self.pad_id, all_slots=all_slots)
+        length = max(len(prompt.ids) for prompt in prompts)
+        if torch.is_grad_enabled():
+            length = self.backbone.padded_length(length)
+        batch = Batch.of_prompts(prompts, self.pad_id, all_slots=all_slots, length=length)
         scores = self.backbone.candidate_logits(batch, self.table)
         return SlotScores(scores, to_device(batch.targets, scores.device), batch.is_query)
 

@@ -171,8 +171,8 @@ class TagOptimiser:
         self._prepared.zero_grad()
         numbers = torch.cat([sums, norm.detach().float().reshape(1)])
         scales = accelerator.scaler is not None
-        return Launched(numbers, rows.detach().clone(), known, _positions(step.batches), scales=scales)
+        return Launched(numbers, rows.detach().clone(), known, self._positions(step.batches), scales=scales)
 
-
-def _positions(batches: Sequence[Sequence[Any]]) -> int:
-    return sum(max(len(item.prompt.ids) for item in batch) * len(batch) for batch in batches)
+    def _positions(self, batches: Sequence[Sequence[Any]]) -> int:
+        padded = self.model.backbone.padded_length
+        return sum(padded(max(len(item.prompt.ids) for item in batch)) * len(batch) for batch in batches)

@@ -132,7 +132,7 @@ def plan_warmup(
     models = {target: _model(config, target) for target in targets}
     first = models[targets[0]]
     most = max(_per_step(config, count) for count in processes)
-    work = Workload.draw(config, first.markup, sampler, validation_tasks, most)
+    work = Workload.draw(config, first, sampler, validation_tasks, most)
     studies = {target: Study(target, model, config.supervise == "all", work) for target, model in models.items()}
     plan = config.optimiser
     validations = 1 + plan.steps // config.validation.every + bool(plan.steps % config.validation.every)

@@ -26,8 +26,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from icl_markup.activations import recomputes
+from icl_markup.blocked_attention import BLOCKED, MULTIPLE
 from icl_markup.devices import to_device
 from icl_markup.errors import BackboneError, nearest
+from icl_markup.segment_blocks import SegmentBlocks
 
 HEAD = 0
 """The segment of what every token sees: special tokens, the template's head and its tail. Options and demonstrations
@@ -161,7 +163,11 @@ class Reading(NamedTuple):
 
 @contextmanager
 def segment_attention(
-    model: PreTrainedModel, segments: Tensor, anchors: Tensor | None = None, device: torch.device | None = None
+    model: PreTrainedModel,
+    segments: Tensor,
+    anchors: Tensor | None = None,
+    device: torch.device | None = None,
+    in_blocks: bool = False,
 ) -> Iterator[Reading]:
     """While active, a call of `model` attends by segments; yields what the call is given, and where its states stand.
 
@@ -173,6 +179,8 @@ def segment_attention(
             stand for symbols: global layers then see every token, whatever the model's configuration says. Where they
             see anchors alone, they are given nothing else to work on.
         device: the model's; None: the CPU.
+        in_blocks: whether attention is trained in blocks (`icl_markup.blocked_attention`): local layers then compute
+            what segments see alone (`icl_markup.segment_blocks`), and what is kept is padded to shapes that recur.
 
     Raises:
         BackboneError: the model cannot attend by segments (see `encoder_layers`), or its layers recompute their
@@ -192,12 +200,13 @@ def segment_attention(
     local, everywhere = visible(to_device(segments, device))
     kept, places = None, None
     if anchors is not None and looks_at_anchors(model) and count < len(layers):
-        kept, places = _kept(anchors | (segments == HEAD))
+        kept, places = _kept(anchors | (segments == HEAD), MULTIPLE if in_blocks else 1)
         seen = segments.gather(1, kept.clamp(min=0)).masked_fill(kept < 0, PADDING)
         everywhere = visible(to_device(seen, device))[1]
         kept, places = to_device(kept, device), to_device(places, device)
     with ExitStack() as hooks:
-        local_hook, global_hook = _masked(local, layers[0]), _masked(everywhere, layers[0])
+        blocks = SegmentBlocks.of(segments, HEAD, PADDING) if in_blocks and count else None
+        local_hook, global_hook = _masked(local, layers[0], blocks), _masked(everywhere, layers[0])
         for number, layer in enumerate(layers):
             hook = local_hook if number < count else global_hook
             hooks.enter_context(layer.register_forward_pre_hook(hook, with_kwargs=True))
@@ -208,10 +217,10 @@ def segment_attention(
         yield Reading(inputs, places)
 
 
-def _kept(wanted: Tensor) -> tuple[Tensor, Tensor]:
+def _kept(wanted: Tensor, multiple: int) -> tuple[Tensor, Tensor]:
     """Return the positions of wanted tokens, (prompts, most wanted), -1 beyond a prompt's last, and their inverse."""
     counts = wanted.sum(1)
-    kept = (~wanted).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(counts.max())]
+    kept = (~wanted).to(torch.uint8).argsort(dim=1, stable=True)[:, : -(-int(counts.max()) // multiple) * multiple]
     beyond = torch.arange(kept.shape[1], device=kept.device) >= counts[:, None]
     return kept.masked_fill(beyond, -1), wanted.cumsum(1) - 1
 
@@ -244,7 +253,7 @@ def encoder_layers(model: PreTrainedModel) -> nn.ModuleList:
             f"or position embeddings of {type(model).__name__} are not like theirs"
         )
     attention = getattr(model.config, "_attn_implementation", "eager")
-    if attention not in ("eager", "sdpa"):
+    if attention not in ("eager", "sdpa", BLOCKED):
         raise BackboneError(f"a model that reads by segments does so with attention eager or sdpa, not {attention}")
     return found
 
@@ -263,8 +272,11 @@ def _recomputes_hooks(layer: nn.Module) -> bool:
     return recomputes(layer) and type(layer).__call__ is not nn.Module.__call__
 
 
-def _masked(mask: Tensor, layer: nn.Module) -> Callable[..., Any]:
-    """Return a hook that gives layers this mask: additive, which eager and scaled dot-product attention take."""
+def _masked(mask: Tensor, layer: nn.Module, blocks: SegmentBlocks | None = None) -> Callable[..., Any]:
+    """Return a hook that gives layers this mask: additive, which eager and scaled dot-product attention take.
+
+    It carries the segments, from which attention in blocks computes what the mask says.
+    """
     made: dict[torch.dtype, Tensor] = {}
     place = _parameters(layer).index("attention_mask")
 
@@ -273,6 +285,8 @@ def _masked(mask: Tensor, layer: nn.Module) -> Callable[..., Any]:
         if dtype not in made:
             zeros = torch.zeros_like(mask, dtype=dtype)
             made[dtype] = zeros.masked_fill_(~mask, torch.finfo(dtype).min)
+            if blocks is not None:
+                made[dtype].segment_blocks = blocks  # type: ignore[attr-defined]
         if len(args) > place:
             return (*args[:place], made[dtype], *args[place + 1 :]), kwargs
         return args, {**kwargs, "attention_mask": made[dtype]}

@@ -6,8 +6,7 @@ what depends on them (which tokens are read, whether a mask is needed) happens a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -89,9 +88,6 @@ class Skeleton(Backbone):
     def runs_on_cpu(self) -> bool:
         """Whether the device that is planned for is a CPU; fake tensors say that they lie on one in any case."""
         return self.target == "cpu"
-
-    def _trains_faster_eager(self, inputs: Mapping[str, Any]) -> bool:
-        return self.runs_on_cpu and super()._trains_faster_eager(inputs)
 
     def _check(self) -> None:
         """There are no logits to compare."""

@@ -11,7 +11,7 @@ import itertools
 import random
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
@@ -64,6 +64,7 @@ class PromptStream:
         batches_per_step: batches an optimiser step takes (gradient accumulation times processes).
         workers: processes that draw and compose windows ahead of the steps; 0: it is done between steps. The batches
             are the same.
+        padded_length: to how many tokens prompts are padded, the longest of so many; the same by default.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class PromptStream:
         batch_tokens: int,
         batches_per_step: int,
         workers: int = 0,
+        padded_length: Callable[[int], int] = int,
     ):
         self.markup = markup
         self.sampler = sampler
@@ -82,6 +84,7 @@ class PromptStream:
         self.batch_tokens = batch_tokens
         self.batches_per_step = batches_per_step
         self.workers = workers
+        self.padded_length = padded_length
 
     def steps(self, start: Position = Position()) -> Iterator[Step]:  # noqa: B008 (immutable)
         """Yield steps from a position on, without end.
@@ -140,7 +143,7 @@ class PromptStream:
             raise PromptError(f"no prompt of a whole window of {self.window} episodes could be composed: {reason}")
         # Whole names are scored in as many copies of a prompt as there are options.
         copies = [len(item.episode.options) if self.markup.answers == "names" else 1 for item in items]
-        lengths = [len(item.prompt.ids) * count for item, count in zip(items, copies, strict=True)]
+        lengths = [self.padded_length(len(item.prompt.ids)) * count for item, count in zip(items, copies, strict=True)]
         groups = cut_by_length(lengths, self.batch_tokens)
         random.Random(f"{self.sampler.seed}/order/{window}").shuffle(groups)
         return [tuple(items[i] for i in group) for group in groups], skipped

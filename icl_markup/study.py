@@ -13,11 +13,10 @@ from torch.nn import functional as F
 
 from icl_markup.accelerators import Accelerator, roofline
 from icl_markup.backbone import Backbone
-from icl_markup.casts import cast_once
 from icl_markup.errors import BackboneError
 from icl_markup.ledger import Ledger
 from icl_markup.model import MarkupModel
-from icl_markup.norms import fast_norms
+from icl_markup.preparation import prepared
 from icl_markup.replay import Stopwatch
 from icl_markup.skeleton import Skeleton, Target
 from icl_markup.stream import Item
@@ -183,7 +182,7 @@ def observed(model: MarkupModel, items: Sequence[Item], all_slots: bool) -> tupl
         assert backbone.exactness and backbone.sees_nothing_ahead is not None
     ledger = Ledger([*backbone.model.parameters(), *backbone.model.buffers(), *model.table.parameters()])
     try:
-        with fast_norms(backbone), cast_once(backbone) as casts, ledger, _head_noted(backbone, ledger):
+        with prepared(backbone) as casts, ledger, _head_noted(backbone, ledger):
             ledger.alive = ledger.peak = ledger.casts = casts
             terms = model.loss_terms([item.prompt for item in items], [item.episode for item in items], all_slots)
             loss = F.cross_entropy(terms.scores, terms.targets, reduction="sum", ignore_index=-1)

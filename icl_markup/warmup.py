@@ -18,7 +18,6 @@ from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 
 from icl_markup.backbone import Backbone
-from icl_markup.casts import cast_once
 from icl_markup.checkpoint import Progress, has_checkpoint, load_checkpoint, save_checkpoint
 from icl_markup.config import to_dict
 from icl_markup.episodes import EpisodeConfig, EpisodeSampler
@@ -27,8 +26,8 @@ from icl_markup.evaluation import answer_together
 from icl_markup.files import append_line
 from icl_markup.lock import only_run
 from icl_markup.model import MarkupModel
-from icl_markup.norms import fast_norms
 from icl_markup.optimisation import Launched, TagOptimiser
+from icl_markup.preparation import prepared
 from icl_markup.processes import Processes
 from icl_markup.quantisation import check_gradients
 from icl_markup.readers import read_task, without_storage
@@ -131,6 +130,7 @@ class _Warmup:
             batch_tokens=plan.batch_tokens,
             batches_per_step=plan.batches_per_step,
             workers=(0 if accelerator.device.type == "cpu" else 2) if config.workers is None else config.workers,
+            padded_length=model.backbone.padded_length,
         )
         self.scale = _embedding_deviation(model.backbone)
         rate = plan.learning_rate * self.scale
@@ -157,7 +157,7 @@ class _Warmup:
         if self.config.tracker != "none":
             self.accelerator.init_trackers("icl-markup", to_dict(self.config))
         try:
-            with cast_once(self.model.backbone), fast_norms(self.model.backbone):
+            with prepared(self.model.backbone):
                 self._train()
             if self.model.backbone.checksum() != checksum:
                 raise WarmupError("the backbone's weights changed during the warm-up; the tags were not saved")
@@ -183,7 +183,7 @@ class _Warmup:
                 )
             rows, best, self.progress, before = load_checkpoint(self.out, self.optimiser.raw)
             # What an earlier version did not know it did as by default.
-            before = {**_comparable(WarmupConfig(tasks=[])), **before}
+            before = {"padding": 1, **_comparable(WarmupConfig(tasks=[])), **before}
             changed = next((k for k in comparable if comparable[k] != before.get(k)), None)
             if changed:
                 raise WarmupError(
@@ -331,7 +331,7 @@ class _Warmup:
 
     def _comparable(self) -> dict[str, Any]:
         """Return what must not change when the run is resumed; where it began with tags, these are part of it."""
-        found = _comparable(self.config)
+        found = {**_comparable(self.config), "padding": self.model.backbone.padded_length(1)}
         return {**found, "start_from": list(self.start.checksums)} if self.start.checksums else found
 
     def _summary(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ from scipy.optimize import nnls
 
 from icl_markup.episodes import Episode, EpisodeConfig, EpisodeSampler
 from icl_markup.markup import Markup
+from icl_markup.model import MarkupModel
 from icl_markup.stream import Item, PromptStream
 from icl_markup.tasks import Task
 from icl_markup.warmup_config import WarmupConfig
@@ -55,7 +56,12 @@ class Workload:
 
     @classmethod
     def draw(
-        cls, config: WarmupConfig, markup: Markup, sampler: EpisodeSampler, validation_tasks: Sequence[Task], least: int
+        cls,
+        config: WarmupConfig,
+        model: MarkupModel,
+        sampler: EpisodeSampler,
+        validation_tasks: Sequence[Task],
+        least: int,
     ) -> Workload:
         """Draw whole windows, until there are `least` batches or enough of them to speak of a mean.
 
@@ -63,7 +69,15 @@ class Workload:
             PromptError: not one prompt of a window fits the backbone.
         """
         plan = config.optimiser
-        stream = PromptStream(markup, sampler, window=plan.window, batch_tokens=plan.batch_tokens, batches_per_step=1)
+        markup, padded = model.markup, model.backbone.padded_length
+        stream = PromptStream(
+            markup,
+            sampler,
+            window=plan.window,
+            batch_tokens=plan.batch_tokens,
+            batches_per_step=1,
+            padded_length=padded,
+        )
         batches: list[tuple[Item, ...]] = []
         began, windows = time.perf_counter(), 0
         while len(batches) < max(least, _LEAST_BATCHES) and windows < _MOST_WINDOWS:
@@ -72,7 +86,7 @@ class Workload:
         seconds = (time.perf_counter() - began) / (windows * plan.window)
         return cls(
             tuple(batches),
-            tuple(_size(markup, batch) for batch in batches),
+            tuple(_size(markup, batch, padded) for batch in batches),
             sum(len(item.prompt.ids) * _copies(markup, item.episode) for batch in batches for item in batch),
             windows * plan.window,
             seconds,
@@ -133,8 +147,9 @@ def _copies(markup: Markup, episode: Episode) -> int:
     return len(episode.options) if markup.answers == "names" else 1
 
 
-def _size(markup: Markup, batch: Sequence[Item]) -> Size:
-    return Size(sum(_copies(markup, item.episode) for item in batch), max(len(item.prompt.ids) for item in batch))
+def _size(markup: Markup, batch: Sequence[Item], padded: Callable[[int], int]) -> Size:
+    longest = padded(max(len(item.prompt.ids) for item in batch))
+    return Size(sum(_copies(markup, item.episode) for item in batch), longest)
 
 
 def _validation(config: WarmupConfig, markup: Markup, tasks: Sequence[Task]) -> Iterator[Size]:

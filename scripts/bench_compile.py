@@ -25,8 +25,8 @@ from torch import nn
 
 import icl_markup.backbone
 from icl_markup import EpisodeConfig, MarkupModel
-from icl_markup.casts import cast_once
 from icl_markup.episodes import EpisodeSampler
+from icl_markup.preparation import prepared
 from icl_markup.results import provenance, write_rows
 from icl_markup.stream import Item, PromptStream
 
@@ -66,7 +66,7 @@ def row_of(shape: str, precision: str, steps: int) -> dict[str, Any]:
     sampler = EpisodeSampler(sample_tasks(), episodes, 0)
     stream = PromptStream(model.markup, sampler, window=64, batch_tokens=1024, batches_per_step=1)
     batches = [s.batches[0] for s in itertools.islice(stream.steps(), steps + 4)]
-    with cast_once(model.backbone), cast_once(other.backbone):
+    with prepared(model.backbone), prepared(other.backbone):
         with torch.no_grad():  # what is checked at first use is none of the compiler's time
             for each in (model, other):
                 each.loss_terms([batches[0][0].prompt], [batches[0][0].episode], False)

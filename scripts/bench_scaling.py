@@ -33,8 +33,7 @@ from check_plan import equal_items, skeleton_of, step
 
 from icl_markup import Backbone, EpisodeConfig, EpisodeSampler, MarkupModel
 from icl_markup.accelerators import REDUCTION_SECONDS
-from icl_markup.casts import cast_once
-from icl_markup.norms import fast_norms
+from icl_markup.preparation import prepared
 from icl_markup.replay import Stopwatch
 from icl_markup.results import provenance, write_rows
 from icl_markup.stream import Item
@@ -94,7 +93,7 @@ def middle_length(model: MarkupModel, episodes: EpisodeConfig) -> int:
 def measured(model: MarkupModel, items: list[Item], steps: int) -> list[float]:
     """Return the seconds of some steps."""
     seconds = []
-    with cast_once(model.backbone), fast_norms(model.backbone):
+    with prepared(model.backbone):
         for number in range(steps + 2):
             began = time.perf_counter()
             step(model, items)
@@ -111,7 +110,7 @@ def in_process(rank: int, processes: int, place: str, steps: int, out: str) -> N
     assert model.table is not None
     items = batch_of(model, 256)
     seconds = []
-    with cast_once(model.backbone), fast_norms(model.backbone):
+    with prepared(model.backbone):
         for _ in range(steps + 2):
             torch.distributed.barrier()
             began = time.perf_counter()

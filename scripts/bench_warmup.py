@@ -3,17 +3,18 @@
     python scripts/bench_warmup.py results/bench/warmup.jsonl
 
 - ours: the warm-up's own step, optimiser included
-- ours, natural: the same on batches as they come from the stream, whose making is counted; tokens are those of prompts,
-  padding left out
-- ours, level: the same on equal prompts of the stream's mean length, so that attention costs as much a token as in
-  natural batches (the mean over tokens, not prompts, as attention's cost is the square of a prompt's)
+- ours, natural: the same on batches as they come from the stream, of at most 4,096 tokens (the default), whose making
+  is counted; tokens are those of prompts, padding left out. Twelve of them go before, not timed: in bf16 oneDNN makes a
+  program for each shape when it first meets it, and memory grows to what the largest needs, both once in a run
+- ours, level: the same on equal prompts of the stream's mean length, as many tokens as in natural batches, so that
+  attention costs as much a token there (the mean over tokens, not prompts, as its cost is the square of a prompt's)
 - trainable tokens: PEFT's TrainableTokens with transformers' full-vocabulary loss in its Trainer, tags in spare rows
 - lora: PEFT's LoRA of rank 8 in the Trainer; tags are not trained
 - full: full fine-tuning in the Trainer
 - limit: forward plus backward through the activations of the same body on the same tokens, as transformers computes
   them: no head, no tags, no optimiser
 
-All others are 8 equal prompts of 256 tokens, and no batch holds more tokens than these. Ours and the limit take turns
+All others are 8 equal prompts of 256 tokens. Ours and the limit take turns
 in one process, round by round; each of the others runs in a process of its own, in which ours went before it. A ratio
 is of neighbours in time, so that a slow minute slows both. Weights are random, shapes are in `bench_shapes.py`.
 
@@ -46,8 +47,7 @@ from bench_shapes import SHAPES, backbone_of, sample_tasks
 
 from icl_markup import EpisodeConfig, MarkupModel, WarmupConfig
 from icl_markup.batching import Batch
-from icl_markup.casts import cast_once
-from icl_markup.norms import fast_norms
+from icl_markup.preparation import prepared
 from icl_markup.prompt import Prompt
 from icl_markup.results import provenance, write_rows
 from icl_markup.start import Start
@@ -64,13 +64,16 @@ FIRST = 1
 NATURAL = 3
 """Natural batches a round."""
 
+NATURAL_FIRST, NATURAL_TOKENS = 12, 4096
+"""Natural batches before the clock starts, and the most tokens of one."""
 
-def warmup_of(model: MarkupModel, out: str) -> Warmup:
-    """Return a warm-up of a model on the sample tasks."""
+
+def warmup_of(model: MarkupModel, out: str, tokens: int = PROMPTS * LENGTH) -> Warmup:
+    """Return a warm-up of a model on the sample tasks, in batches of so many tokens."""
     config = WarmupConfig(
         tasks=[], output=out, supervise="query",
         episodes=EpisodeConfig(n_way=(3, 8), k_shot=(0, 4), max_demos=24),
-        optimiser=OptimiserConfig(steps=10**6, batch_tokens=PROMPTS * LENGTH, window=256),
+        optimiser=OptimiserConfig(steps=10**6, batch_tokens=tokens, window=256),
     )  # fmt: skip
     start = Start.of(config, model.backbone)
     return Warmup(config, model, start, sample_tasks(), [], Accelerator(cpu=True), False)
@@ -81,7 +84,7 @@ def equal_items(warmup: Warmup, length: int = LENGTH) -> list[Item]:
     for step in itertools.islice(warmup.stream.steps(), 1000):
         for item in itertools.chain(*step.batches):
             if abs(len(item.prompt.ids) - length) <= 4:
-                return [item] * (PROMPTS * LENGTH // len(item.prompt.ids))
+                return [item] * (warmup.stream.batch_tokens // len(item.prompt.ids))
     raise SystemExit(f"no prompt of about {length} tokens")
 
 
@@ -99,7 +102,7 @@ def ours(model: MarkupModel, out: str) -> Callable[[], int]:
 
 def ours_level(model: MarkupModel, out: str) -> Callable[[], int]:
     """Return a function that makes a step on equal prompts of the mean length and returns its tokens."""
-    warmup = warmup_of(model, out)
+    warmup = warmup_of(model, out, NATURAL_TOKENS)
     return _stepping(warmup, equal_items(warmup, mean_length(warmup)))
 
 
@@ -115,7 +118,7 @@ def _stepping(warmup: Warmup, items: list[Item]) -> Callable[[], int]:
 
 def ours_natural(model: MarkupModel, out: str) -> Callable[[], int]:
     """Return a function that takes the stream's next batch, makes a step on it, and returns its tokens."""
-    warmup = warmup_of(model, out)
+    warmup = warmup_of(model, out, NATURAL_TOKENS)
     steps = warmup.stream.steps()
 
     def run() -> int:
@@ -224,10 +227,11 @@ def timed(make: Callable[[], int]) -> tuple[float, int]:
 def together(shape: str, precision: str, rounds: int, out: str) -> dict[str, list[tuple[float, int]]]:
     """Time `OWN` in turn; return seconds and tokens of every step."""
     model, plain = MarkupModel(backbone_of(shape, precision)), MarkupModel(backbone_of(shape, precision))
-    with cast_once(model.backbone), fast_norms(model.backbone):
+    with prepared(model.backbone):
         steps = {way: own(way, plain if way == "limit" else model, out) for way in OWN}
-        for make in steps.values():
-            make()
+        for way, make in steps.items():
+            for _ in range(NATURAL_FIRST if way == "ours, natural" else FIRST):
+                make()
         found: dict[str, list[tuple[float, int]]] = {way: [] for way in OWN}
         for _ in range(rounds):
             for way, make in steps.items():
@@ -238,7 +242,7 @@ def together(shape: str, precision: str, rounds: int, out: str) -> dict[str, lis
 def beside(way: str, shape: str, precision: str, steps: int, out: str) -> dict[str, list[tuple[float, int]]]:
     """Time ours, and then a peer, on one model."""
     model = MarkupModel(backbone_of(shape, precision))
-    with cast_once(model.backbone), fast_norms(model.backbone):
+    with prepared(model.backbone):
         make = ours(model, out)
         make()
         before = [timed(make) for _ in range(steps)]
@@ -258,8 +262,7 @@ def memory_of(way: str, shape: str, precision: str, out: str) -> float:
     make = own(way, model, out)
     with Memory() as memory, ExitStack() as held:
         if way != "limit":
-            held.enter_context(cast_once(model.backbone))
-            held.enter_context(fast_norms(model.backbone))
+            held.enter_context(prepared(model.backbone))
         make()
         make()
     return memory.grown

@@ -32,8 +32,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from icl_markup import BackboneConfig, EpisodeConfig, EpisodeSampler, MarkupModel
-from icl_markup.casts import cast_once
-from icl_markup.norms import fast_norms
+from icl_markup.preparation import prepared
 from icl_markup.replay import Stopwatch
 from icl_markup.results import provenance, write_rows
 from icl_markup.skeleton import Skeleton
@@ -102,7 +101,7 @@ def memory_case(shape: str, precision: str, prompts: int, length: int) -> dict[s
     model = MarkupModel(backbone_of(shape, precision))
     items = equal_items(model, prompts, length)
     step(model, equal_items(model, 1, 100))  # what is loaded and set up once
-    with Memory() as memory, cast_once(model.backbone), fast_norms(model.backbone):
+    with Memory() as memory, prepared(model.backbone):
         for _ in range(2):
             step(model, items)
     ledger, _ = observed(skeleton_of(model, shape, precision), items, False)
@@ -114,7 +113,7 @@ def case(shape: str, precision: str, prompts: int, length: int, steps: int) -> d
     model = MarkupModel(backbone_of(shape, precision))
     items = equal_items(model, prompts, length)
     seconds = []
-    with cast_once(model.backbone), fast_norms(model.backbone):
+    with prepared(model.backbone):
         for _ in range(steps + 1):
             began = time.perf_counter()
             step(model, items)

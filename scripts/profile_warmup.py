@@ -23,14 +23,13 @@ from bench_warmup import equal_items, warmup_of
 from torch.profiler import ProfilerActivity, profile
 
 from icl_markup import MarkupModel
-from icl_markup.casts import cast_once
-from icl_markup.norms import fast_norms
+from icl_markup.preparation import prepared
 from icl_markup.results import provenance, write_rows
 from icl_markup.stream import Position, Step
 
 KINDS = {
-    "linear layers": ("addmm", "aten::mm", "bmm", "linear", "mkldnn"),
-    "attention": ("scaled_dot_product", "softmax"),
+    "attention": ("scaled_dot_product", "softmax", "bmm"),
+    "linear layers": ("addmm", "aten::mm", "linear", "mkldnn"),
     "casts and copies": ("copy_", "_to_copy", "clone", "contiguous", "aten::cat"),
     "table of tags": ("embedding", "aten::where", "masked_fill"),
 }
@@ -44,7 +43,7 @@ def kind_of(name: str) -> str:
 def row_of(shape: str, precision: str) -> dict[str, Any]:
     """Profile one shape."""
     model = MarkupModel(backbone_of(shape, precision))
-    with tempfile.TemporaryDirectory() as out, cast_once(model.backbone), fast_norms(model.backbone):
+    with tempfile.TemporaryDirectory() as out, prepared(model.backbone):
         warmup = warmup_of(model, out)
         step = Step((tuple(equal_items(warmup)),), Position(), 0)
         warmup._step(step).read()

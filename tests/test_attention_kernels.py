@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from icl_markup.attention_kernels import SHORT, can_switch, trains_faster_eager
+from icl_markup.attention_kernels import can_switch
 from icl_markup.backbone import Backbone
 from icl_markup.batching import Batch
+from icl_markup.blocked_attention import BLOCKED
 from icl_markup.episodes import Query
 from icl_markup.loading import BackboneConfig
 from icl_markup.model import MarkupModel
@@ -19,13 +20,12 @@ from tests.test_segments import segmented
 
 
 def asked(backbone: Backbone, *, trains: bool = True) -> tuple[list[str], torch.Tensor]:
-    """Return by which implementation a short batch was computed, and the tags' gradient or the scores."""
+    """Return by which implementation a batch was computed, and the tags' gradient or the scores."""
     model = MarkupModel(backbone)
     assert model.table is not None
     episode = MarkupModel.episode(["lost card", "weather"], [("will it rain", "weather")])
     prompt = model.markup.compose(replace(episode, queries=(Query("is it cold"),)))
     batch = Batch.of_prompts([prompt], model.pad_id)
-    assert batch.input_ids.shape[1] < SHORT
     seen: list[str] = []
     note: Any = lambda *_: seen.append(backbone.model.config._attn_implementation)  # noqa: E731
     hook = backbone.embedding.register_forward_hook(note)
@@ -46,25 +46,17 @@ def backbone_of(kind: str, **options: Any) -> Backbone:
 
 
 @pytest.mark.parametrize("kind", ["llama", "t5", "bert", "roberta", "segments"])
-def test_short_prompts_train_step_by_step_in_bf16_and_all_else_is_as_it_was(kind: str) -> None:
+def test_prompts_train_in_blocks_in_bf16_and_all_else_is_as_it_was(kind: str) -> None:
     backbone = backbone_of(kind, precision="bf16")
     assert can_switch(backbone.model)
     used, gradient = asked(backbone)
-    assert used == ["eager"] and backbone.model.config._attn_implementation == "sdpa"
+    assert used == [BLOCKED] and backbone.model.config._attn_implementation == "sdpa"
     assert asked(backbone, trains=False)[0] == ["sdpa"]
     fixed = backbone_of(kind, precision="bf16", chooses_attention=False)
     used, other = asked(fixed)
     assert used == ["sdpa"]
     torch.testing.assert_close(gradient, other, rtol=0.1, atol=0.05 * float(other.abs().max()))
     assert asked(backbone_of(kind))[0] == ["sdpa"]
-
-
-def test_what_was_measured_is_what_decides() -> None:
-    cpu = torch.device("cpu")
-    assert trains_faster_eager(cpu, "bf16", SHORT - 1)
-    assert not trains_faster_eager(cpu, "bf16", SHORT)
-    assert not trains_faster_eager(cpu, "none", 10)
-    assert not trains_faster_eager(torch.device("cuda"), "bf16", 10)
 
 
 def test_a_configuration_that_names_an_implementation_has_it(tmp_path: Any) -> None:

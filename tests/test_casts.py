@@ -20,7 +20,7 @@ from tests.test_warmup import plain_logits, warm_up
 @pytest.mark.parametrize("kind", ["llama", "t5", "bert"])
 def test_tags_are_the_same_to_the_bit(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     once = warm_up(tmp_path / "once", backbone=tiny_backbone(kind, precision="bf16"))
-    monkeypatch.setattr("icl_markup.warmup.cast_once", lambda _backbone: nullcontext())
+    monkeypatch.setattr("icl_markup.preparation.cast_once", lambda _backbone: nullcontext(0))
     each = warm_up(tmp_path / "each", backbone=tiny_backbone(kind, precision="bf16"))
     name = "tags.safetensors"
     assert (once.folder / name).read_bytes() == (each.folder / name).read_bytes()

@@ -210,9 +210,9 @@ def test_a_warm_up_uses_them_and_finds_the_same_tags(
             counts.append(count)
             yield
 
-    monkeypatch.setattr("icl_markup.warmup.fast_norms", counted)
+    monkeypatch.setattr("icl_markup.preparation.fast_norms", counted)
     fast_tags = warm_up(tmp_path / "fast", backbone=tiny_backbone(name)).model.table
-    monkeypatch.setattr("icl_markup.warmup.fast_norms", lambda _backbone: nullcontext())
+    monkeypatch.setattr("icl_markup.preparation.fast_norms", lambda _backbone: nullcontext())
     tags = warm_up(tmp_path / "plain", backbone=tiny_backbone(name)).model.table
     assert counts and counts[0] > 0
     assert tags is not None and fast_tags is not None

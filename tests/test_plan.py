@@ -56,7 +56,7 @@ def without_weights(config: BackboneConfig) -> BackboneConfig:
 def items_of(model: MarkupModel, config: WarmupConfig) -> tuple[Item, ...]:
     """Return the batch of the longest prompts."""
     sampler = EpisodeSampler([tiny_task()], config.episodes, 0)
-    work = Workload.draw(config, model.markup, sampler, [], 1)
+    work = Workload.draw(config, model, sampler, [], 1)
     return work.batches[max(range(len(work.sizes)), key=lambda i: work.sizes[i].longest)]
 
 
