@@ -8,8 +8,12 @@ Measured by ``scripts/bench_attention.py`` (``results/bench/attention.jsonl``): 
 
 from __future__ import annotations
 
+import inspect
+import re
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -21,12 +25,23 @@ from icl_markup.errors import BackboneError
 def can_switch(model: PreTrainedModel) -> bool:
     """Return whether a model takes another implementation at any time; old ones in transformers do not.
 
-    Nor do models of several parts here, each of which may have an implementation of its own.
+    Nor do models of several parts here, each of which may have an implementation of its own, and models that do
+    something else where theirs has another name (sparse attention does).
     """
     known = getattr(model, "_can_set_attn_implementation", None)
-    if getattr(model.config, "sub_configs", None):
+    if known is None or getattr(model.config, "sub_configs", None) or _asks_for_sdpa(type(model).__module__):
         return False
-    return model.config._attn_implementation == "sdpa" and known is not None and bool(known())
+    return model.config._attn_implementation in ("sdpa", BLOCKED) and bool(known())
+
+
+@cache
+def _asks_for_sdpa(module: str) -> bool:
+    """Whether the source of a model's module compares the name of its implementation; true if nobody can tell."""
+    try:
+        source = inspect.getsource(sys.modules[module])
+    except (KeyError, OSError, TypeError):
+        return True
+    return re.search(r"_attn_implementation\b[^\n]*[\"\']sdpa[\"\']", source) is not None
 
 
 @contextmanager

@@ -318,7 +318,7 @@ class Backbone:
         is_trained = torch.is_grad_enabled() and not self._recomputes
         lean = lean_activations(self.model) if is_trained else nullcontext()
         blocks: AbstractContextManager[None] = nullcontext()
-        if is_trained and self._trains_blocked:
+        if is_trained and self.trains_blocked:
             blocks = blocked(self.model, inputs.get("attention_mask"))
         with self.lock, tags, lean, blocks, self._head_bypassed() as kept, self.autocast():
             self.model(**inputs)
@@ -329,12 +329,12 @@ class Backbone:
 
         In bf16 on a CPU that is a multiple of `MULTIPLE`, see there; else no more than the longest needs.
         """
-        if not self._trains_blocked:
+        if not self.trains_blocked:
             return length
         return max(length, min(-(-length // MULTIPLE) * MULTIPLE, self.max_length))
 
     @property
-    def _trains_blocked(self) -> bool:
+    def trains_blocked(self) -> bool:
         """Whether attention is trained by blocks of scores (`icl_markup.blocked_attention`)."""
         if not (self.chooses_attention and self.runs_on_cpu and can_switch(self.model)):
             return False
@@ -348,7 +348,7 @@ class Backbone:
     def _segments(self, batch: Batch) -> AbstractContextManager[Reading]:
         if not self.local_layers or batch.segments is None:
             return nullcontext(Reading({}, None))
-        in_blocks = torch.is_grad_enabled() and self._trains_blocked
+        in_blocks = torch.is_grad_enabled() and self.trains_blocked and not self._recomputes
         return segment_attention(self.model, batch.segments, batch.anchors, self.device, in_blocks)
 
     def decoder_ids(self, batch: Batch) -> Tensor:

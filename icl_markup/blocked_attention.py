@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
@@ -75,7 +76,8 @@ def blocked_attention(
     """
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
     added = [one for one in (attention_mask, position_bias) if one is not None]
-    plain = not (dropout or any(one.requires_grad for one in added) or _UNUSUAL & kwargs.keys())
+    unusual = any(kwargs.get(name) is not None for name in _UNUSUAL)
+    plain = not (dropout or unusual or any(one.requires_grad for one in added))
     trained = torch.is_grad_enabled() and any(one.requires_grad for one in (query, key, value))
     segments = getattr(attention_mask, "segment_blocks", None)
     is_short = key.shape[2] < LONG or segments is not None
@@ -120,7 +122,7 @@ def attend(
     return output
 
 
-_UNUSUAL = {"cache", "softcap", "s_aux"}
+_UNUSUAL = ("cache", "softcap", "s_aux", "indices", "block_indices")
 """Arguments that change what is computed."""
 
 AttentionInterface.register(BLOCKED, blocked_attention)
@@ -194,12 +196,13 @@ class _Attention(torch.autograd.Function):
         return torch.cat(outputs)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, mask, bias = ctx.saved_tensors
         added = _Added.of(mask, bias, ctx.lengths, ctx.is_causal, query, key)
         rows, keys = query.shape[2], key.shape[2]
         given = [one.contiguous() for one in (query * ctx.scale, key, value, added.without_blind(gradients[0]))]
-        found = [torch.empty_like(one.transpose(1, 2)).transpose(1, 2) for one in given[:3]]  # as layers have them
+        found = [_as_layers_have_them(one) for one in given[:3]]
         for prompts, heads in blocks_of_heads(query.shape[0], query.shape[1], rows * keys):
             shape = (prompts.stop - prompts.start, heads.stop - heads.start, rows, keys)
             q, k, v, g = (one[prompts, heads].flatten(0, 1) for one in given)
@@ -208,6 +211,11 @@ class _Attention(torch.autograd.Function):
             for one, part in zip(found, parts, strict=True):
                 one[prompts, heads] = part.view(*shape[:2], *part.shape[1:])
         return found[0].mul_(ctx.scale), found[1], found[2], None, None, None, None, None
+
+
+def _as_layers_have_them(given: Tensor) -> Tensor:
+    """Return an empty tensor of the same shape, in which a token's heads lie side by side."""
+    return torch.empty_like(given.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
 
 
 def gradients_of_heads(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -241,7 +249,7 @@ class _Added(NamedTuple):
     """What is added to scores: parts of shape (prompts or 1, heads or 1, queries or 1, keys), in the type of scores.
 
     Attributes:
-        parts: a mask, 0 where a query sees a key and the least number where not, and a relative position bias.
+        parts: a mask, such as 0 where a query sees a key and the least number where not, and a relative position bias.
         lengths: the lengths of prompts; keys beyond are hidden. None: nothing is padded, or the mask says what.
         seeing: which queries see any key; None: all.
     """

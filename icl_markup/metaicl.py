@@ -37,7 +37,7 @@ from icl_markup.metaicl_model import DETAILS, Trainee, check_whole, load_metaicl
 from icl_markup.model import MarkupModel
 from icl_markup.readers import read_task, without_storage
 from icl_markup.run_folder import METRICS, open_output, writing
-from icl_markup.stream import Position, PromptStream, Step
+from icl_markup.stream import Position, PromptStream, Step, check_padding
 from icl_markup.tasks import Task
 from icl_markup.template import Template
 
@@ -225,6 +225,7 @@ class _Run:
         if has_checkpoint(self.out):
             now, best, self.progress, before = load_checkpoint(self.out, self.optimizer)
             _refuse_another(self.out, self.identity, before)
+            check_padding(self.out, before.get("padding", 1), self._padding)
             self.trainee.restore(now)
             self.best = best if self.validation else None
             self.scheduler.load_state_dict({**self.scheduler.state_dict(), **self.progress.schedule})
@@ -233,6 +234,11 @@ class _Run:
             if self.progress.loss_scale:
                 self.scaler.load_state_dict(self.progress.loss_scale)
         open_output(self.out, self.config, self.progress.step)
+
+    @property
+    def _padding(self) -> int:
+        """To a multiple of how many tokens prompts are padded."""
+        return self.trainee.backbone.padded_length(1)
 
     def _step(self, step: Step) -> dict[str, Any]:
         all_slots = self.config.supervise == "all"
@@ -316,7 +322,8 @@ class _Run:
         now = self.trainee.vector()
         best = now[:0] if self.best is None else self.best
         with writing(self.out):
-            save_checkpoint(self.out, now, best, self.optimizer, self.progress, self.identity)
+            identity = {**self.identity, "padding": self._padding}
+            save_checkpoint(self.out, now, best, self.optimizer, self.progress, identity)
 
 
 def _refuse_another(where: Path, mine: dict[str, Any], theirs: dict[str, Any]) -> None:

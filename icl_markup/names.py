@@ -97,6 +97,7 @@ def name_scores(
         pad_id=backbone.tokenizer.pad_token_id or 0,
         decoder_ids=_padded(decoder) if decoder else None,
         segments=segments,
+        length=backbone.padded_length(max(map(len, lines))) if torch.is_grad_enabled() else 0,
     )
     log_probs = backbone.token_log_probs(batch, table)
     owner = torch.tensor(owners, device=log_probs.device)

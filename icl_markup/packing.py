@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from icl_markup.blocked_attention import BLOCKED
 from icl_markup.errors import BackboneError
 from icl_markup.tags import TagTable
 
@@ -164,8 +165,9 @@ def _mask(backbone: Backbone, allowed: Tensor) -> Tensor:
 
 
 def attention_of(backbone: Backbone) -> str:
-    """Return the name of the implementation of attention that a backbone's model uses."""
-    return str(getattr(backbone.model.config.get_text_config(), "_attn_implementation", ""))
+    """Return the name of the implementation of attention that a backbone's model uses to answer."""
+    name = str(getattr(backbone.model.config.get_text_config(), "_attn_implementation", ""))
+    return "sdpa" if name == BLOCKED else name  # for which that stands in while a thread trains
 
 
 def takes_masks(backbone: Backbone) -> bool:

@@ -3,7 +3,7 @@
 A mask over whole prompts (`segments.visible`) leaves most scores out: a token of a local layer sees the few tokens of
 its segment and of the head. Here segments are gathered into rows, each with the keys of its prompt's head, so that the
 cost grows with a prompt's length and not with its square. Rows of similar length stand together. Used where attention
-is trained in blocks (`blocked_attention`).
+is trained in blocks (`blocked_attention`), unless heads are so long that their copies outweigh what is saved.
 """
 
 from __future__ import annotations
@@ -14,9 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from icl_markup.blocked_attention import MULTIPLE, blocks_of_heads, gradients_of_heads
+
+_MOST_COPIES, _SPARE = 4, 2**12
+"""Keys of rows for each token of the batch at most, and how many more in small batches, whose rows are rounded up."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,11 @@ class SegmentBlocks:
     back: Tensor
     back_of_keys: Tensor
     heads: Tensor
+
+    @property
+    def pays(self) -> bool:
+        """Whether rows hold no more than a few times the tokens, copies of heads with them."""
+        return len(self.keys) <= _MOST_COPIES * len(self.back) + _SPARE
 
     @classmethod
     def of(cls, segments: Tensor, head: int, padding: int) -> SegmentBlocks:
@@ -160,6 +169,7 @@ class _Segments(torch.autograd.Function):
         return _unflat(torch.cat([_flat(one) for one in found])[blocks.back], query.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         blocks, shape = ctx.blocks, ctx.shape
         q, k, v = ctx.saved_tensors

@@ -206,6 +206,8 @@ def segment_attention(
         kept, places = to_device(kept, device), to_device(places, device)
     with ExitStack() as hooks:
         blocks = SegmentBlocks.of(segments, HEAD, PADDING) if in_blocks and count else None
+        if blocks is not None and not blocks.pays:
+            blocks = None
         local_hook, global_hook = _masked(local, layers[0], blocks), _masked(everywhere, layers[0])
         for number, layer in enumerate(layers):
             hook = local_hook if number < count else global_hook

@@ -13,6 +13,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -20,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from icl_markup.batching import cut_by_length
 from icl_markup.episodes import Episode, EpisodeSampler
-from icl_markup.errors import MarkupError, PromptError
+from icl_markup.errors import MarkupError, PromptError, WarmupError
 from icl_markup.markup import Markup
 from icl_markup.prompt import Prompt
 
@@ -53,6 +54,26 @@ Window: TypeAlias = tuple[list[tuple[Item, ...]], int]
 """The batches of a window, and how many of its episodes did not fit."""
 
 
+def check_padding(where: Path, before: int, now: int) -> None:
+    """Refuse to go on with a run in other batches than those it began with.
+
+    Args:
+        where: the run's folder.
+        before: to a multiple of how many tokens prompts were padded.
+        now: to a multiple of how many they would be.
+
+    Raises:
+        WarmupError: these differ.
+    """
+    if before != now:
+        raise WarmupError(
+            f"{where}: was started where prompts are padded to multiples of {before} tokens, and here they are to "
+            f"multiples of {now} (16 in bf16 on a CPU, 1 elsewhere and in earlier versions), so that batches would be "
+            "others; resume it with the device, precision and version that it was started with, or choose another "
+            "output"
+        )
+
+
 class PromptStream:
     """Training batches.
 
@@ -60,7 +81,7 @@ class PromptStream:
         markup: composes the prompts.
         sampler: draws the episodes.
         window: episodes a window.
-        batch_tokens: the most tokens a batch may hold, padding included.
+        batch_tokens: the most tokens a batch may hold, padding included, also that of `padded_length`.
         batches_per_step: batches an optimiser step takes (gradient accumulation times processes).
         workers: processes that draw and compose windows ahead of the steps; 0: it is done between steps. The batches
             are the same.

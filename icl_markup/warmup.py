@@ -33,7 +33,7 @@ from icl_markup.quantisation import check_gradients
 from icl_markup.readers import read_task, without_storage
 from icl_markup.run_folder import METRICS, open_output, writing
 from icl_markup.start import Start
-from icl_markup.stream import Position, PromptStream, Step
+from icl_markup.stream import Position, PromptStream, Step, check_padding
 from icl_markup.tagfile import tags_of, write_tags
 from icl_markup.tags import tags_in_vocabulary
 from icl_markup.tasks import Task
@@ -184,6 +184,7 @@ class _Warmup:
             rows, best, self.progress, before = load_checkpoint(self.out, self.optimiser.raw)
             # What an earlier version did not know it did as by default.
             before = {"padding": 1, **_comparable(WarmupConfig(tasks=[])), **before}
+            check_padding(self.out, before["padding"], comparable["padding"])
             changed = next((k for k in comparable if comparable[k] != before.get(k)), None)
             if changed:
                 raise WarmupError(

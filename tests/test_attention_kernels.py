@@ -7,8 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import (
+    BertForMaskedLM,
+    GlmMoeDsaForCausalLM,
+    LlamaForCausalLM,
+    Qwen3ForCausalLM,
+    RobertaForMaskedLM,
+    T5ForConditionalGeneration,
+)
 
-from icl_markup.attention_kernels import can_switch
+from icl_markup.attention_kernels import _asks_for_sdpa, can_switch
 from icl_markup.backbone import Backbone
 from icl_markup.batching import Batch
 from icl_markup.blocked_attention import BLOCKED
@@ -68,3 +76,10 @@ def test_a_configuration_that_names_an_implementation_has_it(tmp_path: Any) -> N
     named = Backbone.load(replace(config, attention="sdpa"))
     assert not named.chooses_attention and asked(named)[0] == ["sdpa"]
     assert Backbone.load(replace(config, attention="eager")).model.config._attn_implementation == "eager"
+
+
+def test_models_that_do_something_else_under_another_name_keep_theirs() -> None:
+    kinds = (BertForMaskedLM, LlamaForCausalLM, Qwen3ForCausalLM, RobertaForMaskedLM, T5ForConditionalGeneration)
+    assert not any(_asks_for_sdpa(kind.__module__) for kind in kinds)
+    assert _asks_for_sdpa(GlmMoeDsaForCausalLM.__module__)  # picks keys in its mask for sdpa, and only then
+    assert _asks_for_sdpa("a_module_that_nobody_imported")

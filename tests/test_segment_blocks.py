@@ -114,3 +114,8 @@ def test_a_backbone_that_reads_by_segments_trains_the_same(anchors: bool, monkey
     exact, masked, rows = found
     assert rows is not None and masked is not None and exact is not None
     assert float((rows - exact).norm()) <= max(0.03 * float(exact.norm()), 1.5 * float((masked - exact).norm()))
+
+
+def test_long_heads_are_not_copied_for_every_segment() -> None:
+    assert SegmentBlocks.of(prompts_of([20] * 60, [9]), HEAD, PADDING).pays
+    assert not SegmentBlocks.of(prompts_of([20] * 60, [9], head=500), HEAD, PADDING).pays
