@@ -1,31 +1,24 @@
-"""Attention whose backward pass is fast in bf16 on a CPU.
+"""An implementation of attention for transformers, which trains in bf16 on a CPU in blocks (`attention_gradients`).
 
-PyTorch's kernel for CPUs is fast forwards, but its backward pass in bf16 takes five to ten times as long. Here the
-backward pass is a handful of matrix products over blocks of scores so small that they stay in the second cache. Scores
-are computed again from queries and keys, so that neither they nor the output are kept (Dao et al. 2022, arXiv
-2205.14135, section 3.1). With P = softmax(S) and a scale s,
-
-    dV = Pᵀ dO,    dS = P ∘ (dO Vᵀ - rowsum(P ∘ dO Vᵀ)),    dQ = dS K s,    dK = dSᵀ Q s,    S = s Q Kᵀ + masks.
-
-A relative position bias (T5's) is added block by block, and never copied for each prompt and layer.
-Measured by ``scripts/bench_attention.py``.
+It takes what sdpa takes, and leaves to it what needs no gradient or another one, and long prompts. Measured by
+``scripts/bench_attention.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
-from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from icl_markup.attention_gradients import attend
 
 BLOCKED = "icl_markup_blocked"
 """The name by which transformers knows this implementation."""
@@ -39,9 +32,6 @@ MULTIPLE = 16
 PyTorch's products in bf16 are oneDNN's there, which makes a program for each shape when it first meets it: 6 ms for a
 linear layer of 768 by 768, as much as four calls of it take. Lengths that recur need no new ones; and with keys that
 are no multiple of 16 attention takes up to twice as long."""
-
-_BLOCK = 2**19
-"""Scores of a block: 1 MiB in bf16, of which the three that are alive together fit the second cache or nearly so."""
 
 
 def blocked_attention(
@@ -101,25 +91,18 @@ def blocked_attention(
         if segments is not None and position_bias is None:
             output: Tensor = segments.attend(query, key, value, scale)
         else:
-            output = attend(query, key, value, attention_mask, position_bias, is_causal=is_causal, scale=scale)
+            lengths = _lengths(attention_mask, query.shape[2])
+            output = attend(
+                query,
+                key,
+                value,
+                mask=attention_mask if lengths is None else None,
+                bias=position_bias,
+                lengths=lengths,
+                is_causal=is_causal,
+                scale=scale,
+            )
     return output.transpose(1, 2).contiguous(), None
-
-
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    bias: Tensor | None = None,
-    *,
-    is_causal: bool = False,
-    scale: float,
-) -> Tensor:
-    """Attend in bf16 on a CPU; arguments and output are as in `blocked_attention`, (prompts, heads, queries, width)."""
-    lengths = _lengths(mask, query.shape[2])
-    mask = None if lengths is not None else mask
-    output: Tensor = _Attention.apply(query, key, value, mask, bias, lengths, is_causal, scale)
-    return output
 
 
 _UNUSUAL = ("cache", "softcap", "s_aux", "indices", "block_indices")
@@ -127,7 +110,6 @@ _UNUSUAL = ("cache", "softcap", "s_aux", "indices", "block_indices")
 
 AttentionInterface.register(BLOCKED, blocked_attention)
 AttentionMaskInterface.register(BLOCKED, sdpa_mask)
-
 
 _LENGTHS: ContextVar[tuple[int, ...] | None] = ContextVar("lengths", default=None)
 
@@ -160,166 +142,3 @@ def _lengths(mask: Tensor | None, rows: int) -> tuple[int, ...] | None:
         if not torch.equal(mask, keys[:, None, None].expand_as(mask)):
             return None
     return lengths
-
-
-class _Attention(torch.autograd.Function):
-    """Attention in bf16; masks and biases have no gradient."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        bias: Tensor | None,
-        lengths: tuple[int, ...] | None,
-        is_causal: bool,
-        scale: float,
-    ) -> Tensor:
-        ctx.save_for_backward(query, key, value, mask, bias)
-        ctx.lengths, ctx.is_causal, ctx.scale = lengths, is_causal, scale
-        if bias is None:
-            if lengths is not None:
-                mask = query.new_zeros(len(query), 1, 1, key.shape[2])
-                _hide(mask, lengths)
-            return F.scaled_dot_product_attention(query, key, value, mask, is_causal=is_causal, scale=scale)
-        # Prompt by prompt, as the sum of a prompt's mask and the bias is as large as the scores of all its heads.
-        added = _Added.of(mask, bias, lengths, is_causal, query, key)
-        outputs = []
-        for row, (q, k, v) in enumerate(zip(query.split(1), key.split(1), value.split(1), strict=True)):
-            total = added.total(slice(row, row + 1), slice(0, q.shape[1]), (1, *q.shape[1:3], k.shape[2]))
-            if lengths is not None:
-                total = total.clone()
-                _hide(total, lengths[row : row + 1])
-            outputs.append(F.scaled_dot_product_attention(q, k, v, total, scale=scale))
-        return torch.cat(outputs)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, mask, bias = ctx.saved_tensors
-        added = _Added.of(mask, bias, ctx.lengths, ctx.is_causal, query, key)
-        rows, keys = query.shape[2], key.shape[2]
-        given = [one.contiguous() for one in (query * ctx.scale, key, value, added.without_blind(gradients[0]))]
-        found = [_as_layers_have_them(one) for one in given[:3]]
-        for prompts, heads in blocks_of_heads(query.shape[0], query.shape[1], rows * keys):
-            shape = (prompts.stop - prompts.start, heads.stop - heads.start, rows, keys)
-            q, k, v, g = (one[prompts, heads].flatten(0, 1) for one in given)
-            scores = added.scores(q, k, prompts, heads, shape).flatten(0, 1)
-            parts = gradients_of_heads(q, k, v, g, scores)
-            for one, part in zip(found, parts, strict=True):
-                one[prompts, heads] = part.view(*shape[:2], *part.shape[1:])
-        return found[0].mul_(ctx.scale), found[1], found[2], None, None, None, None, None
-
-
-def _as_layers_have_them(given: Tensor) -> Tensor:
-    """Return an empty tensor of the same shape, in which a token's heads lie side by side."""
-    return torch.empty_like(given.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
-
-
-def gradients_of_heads(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of queries (scaled ones), keys and values, given that of the output, and the scores.
-
-    All are (heads, length, width of a head), scores (heads, queries, keys); these are written over.
-    """
-    weights = torch.softmax(scores, -1)
-    torch.bmm(g, v.transpose(1, 2), out=scores)
-    towards = torch.ops.aten._softmax_backward_data(scores, weights, -1, weights.dtype)
-    return (
-        torch.bmm(towards, k),
-        torch.bmm(towards.transpose(1, 2), q),
-        torch.bmm(weights.transpose(1, 2), g),
-    )
-
-
-def blocks_of_heads(prompts: int, heads: int, scores: int) -> Iterator[tuple[slice, slice]]:
-    """Yield blocks of heads, of so many scores each: all of several prompts, or some of one prompt's."""
-    most = max(1, _BLOCK // scores)
-    several = most // heads
-    for prompt in range(0, prompts, max(1, several)):
-        if several:
-            yield slice(prompt, min(prompts, prompt + several)), slice(0, heads)
-        else:
-            for head in range(0, heads, most):
-                yield slice(prompt, prompt + 1), slice(head, min(heads, head + most))
-
-
-class _Added(NamedTuple):
-    """What is added to scores: parts of shape (prompts or 1, heads or 1, queries or 1, keys), in the type of scores.
-
-    Attributes:
-        parts: a mask, such as 0 where a query sees a key and the least number where not, and a relative position bias.
-        lengths: the lengths of prompts; keys beyond are hidden. None: nothing is padded, or the mask says what.
-        seeing: which queries see any key; None: all.
-    """
-
-    parts: tuple[Tensor, ...]
-    lengths: tuple[int, ...] | None
-    seeing: Tensor | None
-
-    @classmethod
-    def of(
-        cls,
-        mask: Tensor | None,
-        bias: Tensor | None,
-        lengths: tuple[int, ...] | None,
-        is_causal: bool,
-        query: Tensor,
-        key: Tensor,
-    ) -> _Added:
-        least, seeing, parts = torch.finfo(query.dtype).min, None, []
-        if is_causal:
-            parts.append(query.new_full((1, 1, query.shape[2], key.shape[2]), least).triu_(1))
-        elif mask is not None:
-            mask = _slim(mask)
-            if mask.dtype == torch.bool:
-                seeing = mask.any(-1, keepdim=True)
-                mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, least)
-            else:
-                seeing = mask.amax(-1, keepdim=True) != float("-inf")
-                mask = mask.to(query.dtype).clamp(min=least)
-            parts.append(mask)
-        if bias is not None:
-            parts.append(_slim(bias).to(query.dtype))
-        return cls(tuple(parts), lengths, seeing)
-
-    def total(self, prompts: slice, heads: slice, shape: tuple[int, ...]) -> Tensor:
-        """Return the sum of the parts for some heads, of this shape: (prompts, heads, queries, keys)."""
-        parts = [_block_of(part, prompts, heads) for part in self.parts]
-        return (parts[0] if len(parts) == 1 else parts[0] + parts[1]).expand(shape)
-
-    def scores(self, query: Tensor, key: Tensor, prompts: slice, heads: slice, shape: tuple[int, ...]) -> Tensor:
-        """Return the scores of some heads, of this shape; queries and keys are (heads, length, width of a head)."""
-        if self.parts:
-            total = self.total(prompts, heads, shape).flatten(0, 1)
-            scores = torch.baddbmm(total, query, key.transpose(1, 2)).view(shape)
-        else:
-            scores = torch.bmm(query, key.transpose(1, 2)).view(shape)
-        if self.lengths is not None:
-            _hide(scores, self.lengths[prompts])
-        return scores
-
-    def without_blind(self, gradient: Tensor) -> Tensor:
-        """Return gradients of the output without those of queries that see nothing, which depend on no key."""
-        return gradient if self.seeing is None else gradient * self.seeing
-
-
-def _hide(scores: Tensor, lengths: Sequence[int]) -> None:
-    """Hide keys beyond the lengths of prompts, in place; scores are (prompts, ..., keys)."""
-    for one, length in zip(scores, lengths, strict=True):
-        one[..., length:] = torch.finfo(scores.dtype).min
-
-
-def _block_of(tensor: Tensor, prompts: slice, heads: slice) -> Tensor:
-    """Return what belongs to some heads; a dimension of one belongs to all."""
-    everything = slice(None)
-    return tensor[prompts if tensor.shape[0] > 1 else everything, heads if tensor.shape[1] > 1 else everything]
-
-
-def _slim(tensor: Tensor) -> Tensor:
-    """Return a tensor with each dimension along which it was expanded cut to one."""
-    for place, (size, step) in enumerate(zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)):
-        if size > 1 and step == 0:
-            tensor = tensor.narrow(place, 0, 1)
-    return tensor

@@ -6,7 +6,8 @@ caches, and the gradient is computed by its closed form: with y = w x / r and r 
 
     dL/dx = (w g - x mean(w g x) / r²) / r        for g = dL/dy.
 
-Outputs are the same to the bit, gradients to rounding.
+Outputs are the same to the bit, gradients to rounding. Under autocast in bf16, which rounds gradients to bf16 at the
+next linear layer in any case, states are kept for the backward pass in bf16, which is half the memory.
 """
 
 from __future__ import annotations
@@ -108,6 +109,12 @@ def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(tensor.view(-1, tensor.shape[-1]).split(rows) for tensor in tensors), strict=True)
 
 
+def _rounds_to_bf16(states: Tensor) -> bool:
+    """Whether linear layers around a norm compute in bf16."""
+    kind = states.device.type
+    return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
+
+
 class _Norm(torch.autograd.Function):
     """y = scale x / sqrt(mean(x²) + ε) over the last dimension; the scale has no gradient."""
 
@@ -119,16 +126,16 @@ class _Norm(torch.autograd.Function):
         for x, y, r in _blocks(states, output, inverse):
             torch.rsqrt(x.pow(2).mean(-1, keepdim=True).add_(epsilon), out=r)
             torch.mul(x, r, out=y).mul_(scale)
-        ctx.save_for_backward(states, inverse, scale)
+        ctx.save_for_backward(states.bfloat16() if _rounds_to_bf16(states) else states, inverse, scale)
         return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         states, inverse, scale = ctx.saved_tensors
         width = states.shape[-1]
-        result = torch.empty_like(states)
-        for x, r, g, d in _blocks(states, inverse, gradients[0].contiguous(), result):
-            scaled = g * scale
+        result = torch.empty_like(states, dtype=torch.float32)
+        for kept, r, g, d in _blocks(states, inverse, gradients[0].contiguous(), result):
+            x, scaled = kept.float(), g * scale
             along = (scaled * x).sum(-1, keepdim=True)
             torch.mul(scaled, r, out=d).addcmul_(x, along * r.pow(3) / -width)
         return result, None, None

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from icl_markup.blocked_attention import MULTIPLE, blocks_of_heads, gradients_of_heads
+from icl_markup.attention_gradients import blocks_of_heads, gradients_of_heads
+from icl_markup.blocked_attention import MULTIPLE
 
 _MOST_COPIES, _SPARE = 4, 2**12
 """Keys of rows for each token of the batch at most, and how many more in small batches, whose rows are rounded up."""

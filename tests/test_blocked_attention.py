@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from icl_markup import blocked_attention as module
+from icl_markup import attention_gradients as module
 from icl_markup.blocked_attention import LONG, blocked_attention, padded_to_the_right
 
 PROMPTS, HEADS, WIDTH = 3, 4, 16
