@@ -77,16 +77,12 @@ class _Attention(torch.autograd.Function):
                 mask = query.new_zeros(len(query), 1, 1, key.shape[2])
                 _hide(mask, lengths)
             return F.scaled_dot_product_attention(query, key, value, mask, is_causal=is_causal, scale=scale)
-        # Prompt by prompt, as the sum of a prompt's mask and the bias is as large as the scores of all its heads.
         added = _Added.of(mask, bias, lengths, is_causal, query, key)
+        shape = (1, query.shape[1], query.shape[2], key.shape[2])
         outputs = []
-        for row, (q, k, v) in enumerate(zip(query.split(1), key.split(1), value.split(1), strict=True)):
-            total = added.total(slice(row, row + 1), slice(0, q.shape[1]), (1, *q.shape[1:3], k.shape[2]))
-            if lengths is not None:
-                total = total.clone()
-                _hide(total, lengths[row : row + 1])
-            outputs.append(F.scaled_dot_product_attention(q, k, v, total, scale=scale))
-        return torch.cat(outputs)
+        for some, total in added.totals(len(query), shape):
+            outputs.append(F.scaled_dot_product_attention(query[some], key[some], value[some], total, scale=scale))
+        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
     @staticmethod
     @once_differentiable
@@ -143,7 +139,8 @@ class _Added(NamedTuple):
 
     Attributes:
         parts: a mask, such as 0 where a query sees a key and the least number where not, and a relative position bias.
-        lengths: the lengths of prompts; keys beyond are hidden. None: nothing is padded, or the mask says what.
+        lengths: the lengths of prompts, where there is no mask; keys beyond are hidden. None: nothing is padded, or the
+            mask says what.
         seeing: which queries see any key; None: all.
     """
 
@@ -181,6 +178,27 @@ class _Added(NamedTuple):
         """Return the sum of the parts for some heads, of this shape: (prompts, heads, queries, keys)."""
         parts = [_block_of(part, prompts, heads) for part in self.parts]
         return (parts[0] if len(parts) == 1 else parts[0] + parts[1]).expand(shape)
+
+    def totals(self, prompts: int, shape: tuple[int, ...]) -> Iterator[tuple[slice, Tensor]]:
+        """Yield prompts and what is added to the scores of each, of this shape; it holds until the next are asked for.
+
+        That is prompt by prompt where prompts differ, as it is as large as the scores of all of a prompt's heads.
+        """
+        heads = slice(0, shape[1])
+        if all(part.shape[0] == 1 for part in self.parts):
+            total = self.total(slice(0, 1), heads, shape)
+            if self.lengths is None:
+                yield slice(0, prompts), total
+                return
+            shown, hiding = shape[3], total.clone()
+            for row, length in enumerate(self.lengths):  # these differ by little, as batches are sorted
+                hiding[..., shown:length] = total[..., shown:length]
+                hiding[..., length:shown] = torch.finfo(total.dtype).min
+                shown = min(length, shape[3])
+                yield slice(row, row + 1), hiding
+        else:
+            for row in range(prompts):
+                yield slice(row, row + 1), self.total(slice(row, row + 1), heads, shape)
 
     def scores(self, query: Tensor, key: Tensor, prompts: slice, heads: slice, shape: tuple[int, ...]) -> Tensor:
         """Return the scores of some heads, of this shape; queries and keys are (heads, length, width of a head)."""

@@ -26,6 +26,10 @@ _SCRATCH_BYTES = 16 * 2**20
 _NEAR_BYTES = 2**20
 """An operation that moves no more finds its inputs where the one before has left them, in the near caches."""
 
+_BLOCKS = (torch.ops.aten.bmm, torch.ops.aten.baddbmm, torch.ops.aten._softmax, torch.ops.aten._softmax_backward_data)
+_BLOCK_BYTES = 4 * 2**20
+"""These find up to so much there: attention's gradients are cut into blocks for that (`icl_markup.attention_gradients`)."""
+
 _HELD_BYTES = 256 * 2**20
 """How much of the outputs is kept at most."""
 
@@ -69,7 +73,8 @@ class Stopwatch:
         return total
 
     def _measured(self, one: Operation) -> float:
-        near = one.moved <= _NEAR_BYTES
+        in_blocks = getattr(one.function, "overloadpacket", one.function) in _BLOCKS
+        near = one.moved <= (_BLOCK_BYTES if in_blocks else _NEAR_BYTES)
         made = [self._inputs(one) for _ in range(1 if near else _COPIES)]
 
         def call(number: int) -> float:
