@@ -7,7 +7,7 @@ are computed again from queries and keys, so that neither they nor the output ar
 
     dV = Pᵀ dO,    dS = P ∘ (dO Vᵀ - rowsum(P ∘ dO Vᵀ)),    dQ = dS K s,    dK = dSᵀ Q s,    S = s Q Kᵀ + masks.
 
-A relative position bias (T5's) is added block by block, and never copied for each prompt and layer.
+A relative position bias (T5's) is added block by block, and never kept for each prompt or layer.
 """
 
 from __future__ import annotations

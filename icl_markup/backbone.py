@@ -24,7 +24,7 @@ from icl_markup.attention_kernels import blocked, can_switch
 from icl_markup.backbone_checks import check_head, check_sees_nothing_ahead, check_segments
 from icl_markup.batching import Batch
 from icl_markup.beginnings import beginning_length, computed, without_beginning
-from icl_markup.blocked_attention import MULTIPLE
+from icl_markup.blocked_attention import rounded_up
 from icl_markup.devices import to_device
 from icl_markup.errors import BackboneError
 from icl_markup.exactness import Exactness, check_exactness
@@ -327,11 +327,11 @@ class Backbone:
     def padded_length(self, length: int) -> int:
         """Return to how many tokens prompts are padded that are trained on together, the longest of so many.
 
-        In bf16 on a CPU that is a multiple of `MULTIPLE`, see there; else no more than the longest needs.
+        In bf16 on a CPU that is a multiple of `blocked_attention.MULTIPLE`; else no more than the longest needs.
         """
         if not self.trains_blocked:
             return length
-        return max(length, min(-(-length // MULTIPLE) * MULTIPLE, self.max_length))
+        return max(length, min(rounded_up(length), self.max_length))
 
     @property
     def trains_blocked(self) -> bool:

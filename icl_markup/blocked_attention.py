@@ -34,6 +34,11 @@ linear layer of 768 by 768, as much as four calls of it take. Lengths that recur
 are no multiple of 16 attention takes up to twice as long."""
 
 
+def rounded_up(number: int, multiple: int = MULTIPLE) -> int:
+    """Return the least multiple that is no less than a number."""
+    return -(-number // multiple) * multiple
+
+
 def blocked_attention(
     module: nn.Module,
     query: Tensor,

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from icl_markup.attention_gradients import blocks_of_heads, gradients_of_heads
-from icl_markup.blocked_attention import MULTIPLE
+from icl_markup.blocked_attention import MULTIPLE, rounded_up
 
 _MOST_COPIES, _SPARE = 4, 2**12
 """Keys of rows for each token of the batch at most, and how many more in small batches, whose rows are rounded up."""
@@ -222,7 +222,7 @@ def _unflat(given: Tensor, shape: torch.Size) -> Tensor:
 def _size(keys: int) -> int:
     """Return the number of keys of the rows in which segments with so many stand: twice as many at most."""
     if keys > 16 * MULTIPLE:
-        return -(-keys // (8 * MULTIPLE)) * 8 * MULTIPLE
+        return rounded_up(keys, 8 * MULTIPLE)
     size = MULTIPLE
     while size < keys:
         size *= 2

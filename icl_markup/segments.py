@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from icl_markup.activations import recomputes
-from icl_markup.blocked_attention import BLOCKED, MULTIPLE
+from icl_markup.blocked_attention import BLOCKED, MULTIPLE, rounded_up
 from icl_markup.devices import to_device
 from icl_markup.errors import BackboneError, nearest
 from icl_markup.segment_blocks import SegmentBlocks
@@ -222,7 +222,7 @@ def segment_attention(
 def _kept(wanted: Tensor, multiple: int) -> tuple[Tensor, Tensor]:
     """Return the positions of wanted tokens, (prompts, most wanted), -1 beyond a prompt's last, and their inverse."""
     counts = wanted.sum(1)
-    kept = (~wanted).to(torch.uint8).argsort(dim=1, stable=True)[:, : -(-int(counts.max()) // multiple) * multiple]
+    kept = (~wanted).to(torch.uint8).argsort(dim=1, stable=True)[:, : rounded_up(int(counts.max()), multiple)]
     beyond = torch.arange(kept.shape[1], device=kept.device) >= counts[:, None]
     return kept.masked_fill(beyond, -1), wanted.cumsum(1) - 1
 
