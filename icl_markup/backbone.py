@@ -21,7 +21,7 @@ from transformers.cache_utils import DynamicCache
 
 from icl_markup.activations import lean_activations, recomputes
 from icl_markup.attention_kernels import blocked, can_switch
-from icl_markup.backbone_checks import check_head, check_sees_nothing_ahead, check_segments
+from icl_markup.backbone_checks import check_head, check_sees_nothing_ahead
 from icl_markup.batching import Batch
 from icl_markup.beginnings import beginning_length, computed, without_beginning
 from icl_markup.blocked_attention import rounded_up
@@ -31,14 +31,6 @@ from icl_markup.exactness import Exactness, check_exactness
 from icl_markup.layout import Kind, Layout
 from icl_markup.loading import DTYPES, BackboneConfig, checkpoint_gradients, length_limit, load_pretrained
 from icl_markup.quantisation import is_plain, quantisation_of, stored_tensors
-from icl_markup.segments import (
-    Reading,
-    encoder_layers,
-    local_layers,
-    longest_prompt,
-    segment_attention,
-    set_global_heads,
-)
 from icl_markup.sharded import is_sharded
 from icl_markup.tags import TagTable, substituted
 from icl_markup.text import TextEncoder
@@ -61,12 +53,9 @@ class Backbone:
         chooses_attention: whether attention may be computed by another implementation where that trains faster
             (`icl_markup.attention_kernels`); false where a configuration names one.
         quantisation: how its linear layers are quantised; ``none`` where they are not.
-        local_layers: how many lower layers read a prompt segment by segment (`icl_markup.segments`); 0: none. Where
-            there are any, queries in one prompt do not see each other.
 
     Raises:
-        BackboneError: the model has no output head, logits at its slots are not those of the model itself, or its
-            configuration asks for segment-local attention that it is not capable of.
+        BackboneError: the model has no output head, or logits at its slots are not those of the model itself.
     """
 
     def __init__(
@@ -103,18 +92,11 @@ class Backbone:
                 f"the input embedding of {self.name!r} is quantised ({self.quantisation}); soft tokens stand in for "
                 "rows of an ordinary one: choose a checkpoint that keeps it"
             )
-        self.local_layers = local_layers(model) if kind == "masked" else 0
-        limit = longest_prompt(model) if self.local_layers else None
-        self.max_length = max_length or limit or length_limit(model, tokenizer)
-        if self.local_layers:
-            encoder_layers(model)
-            set_global_heads(model)
+        self.max_length = max_length or length_limit(model, tokenizer)
         self._check()
 
     def _check(self) -> None:
         check_head(self)
-        if self.local_layers:
-            check_segments(self)
 
     @classmethod
     def load(cls, config: BackboneConfig | str = "embedded") -> Backbone:
@@ -227,15 +209,8 @@ class Backbone:
             parts.append(logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0])
         return torch.cat(parts)
 
-    @property
-    def reading_length(self) -> int:
-        """The longest text in tokens that is read by itself; with local layers, positions number each segment anew."""
-        if not self.local_layers:
-            return self.max_length
-        return min(self.max_length, length_limit(self.model, self.tokenizer))
-
     def text_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return hidden states of ordinary texts: those above the local layers, or else the encoder's or model's last.
+        """Return the last hidden states of ordinary texts: the encoder's where there is one, or the model's.
 
         Args:
             input_ids: padded on the right, (texts, longest), int64.
@@ -247,8 +222,7 @@ class Backbone:
         body = self.model.get_encoder() if self.kind == "seq2seq" else self.model.base_model
         inputs = {"input_ids": input_ids.to(self.device), "attention_mask": attention_mask.to(self.device)}
         with self.lock, self.autocast():
-            found = body(**inputs, output_hidden_states=bool(self.local_layers))
-        states: Tensor = found.hidden_states[self.local_layers] if self.local_layers else found.last_hidden_state
+            states: Tensor = body(**inputs).last_hidden_state
         return states
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -267,11 +241,9 @@ class Backbone:
                 batch = without_beginning(batch, length)
             elif self._asking_costs():
                 cache = DynamicCache()  # says that no position restarts, where transformers would look
-        with self.reading(batch) as reading:
-            more = {} if cache is None else {"past_key_values": cache, "use_cache": True}
-            hidden = self.hidden_states({**reading.inputs, **more}, table)
-        rows = to_device(batch.rows, self.device)
-        return hidden[rows, reading.positions(rows, to_device(batch.positions, self.device))]
+        more = {} if cache is None else {"past_key_values": cache, "use_cache": True}
+        hidden = self.hidden_states({**self.inputs_of(batch), **more}, table)
+        return hidden[to_device(batch.rows, self.device), to_device(batch.positions, self.device)]
 
     def _asking_costs(self) -> bool:
         """Whether the CPU, where it asks for a value, waits for all that was given to the device before."""
@@ -283,9 +255,8 @@ class Backbone:
             return False  # processes that share the layers must all run them equally often
         return longest <= self.exactness.limit and not any(p.requires_grad for p in self.model.parameters())
 
-    @contextmanager
-    def reading(self, batch: Batch) -> Iterator[Reading]:
-        """While active, a call of the model on `Reading.inputs` reads the batch as it is read for its slots."""
+    def inputs_of(self, batch: Batch) -> dict[str, Any]:
+        """Return the model's keyword arguments for a batch, as it is read for its slots."""
         inputs: dict[str, Any] = {"input_ids": to_device(batch.input_ids, self.device)}
         if not self._needs_no_mask(batch):
             inputs["attention_mask"] = to_device(batch.attention_mask, self.device)
@@ -293,8 +264,7 @@ class Backbone:
             inputs["decoder_input_ids"] = self.decoder_ids(batch)
         if self.kind != "masked":
             inputs["use_cache"] = False
-        with self.lock, self._segments(batch) as reading:
-            yield reading._replace(inputs={**inputs, **reading.inputs})
+        return inputs
 
     def _needs_no_mask(self, batch: Batch) -> bool:
         """Whether padding, which is on the right, is seen by no token that is read: attention without a mask is faster.
@@ -303,8 +273,6 @@ class Backbone:
         """
         if self.kind == "causal":
             return self.sees_nothing_ahead
-        if self.local_layers:  # segments bring masks of their own
-            return batch.segments is not None
         return bool(batch.attention_mask.all())
 
     @cached_property
@@ -344,12 +312,6 @@ class Backbone:
     def _recomputes(self) -> bool:
         """Whether layers recompute their activations in the backward pass."""
         return any(map(recomputes, self.model.modules()))
-
-    def _segments(self, batch: Batch) -> AbstractContextManager[Reading]:
-        if not self.local_layers or batch.segments is None:
-            return nullcontext(Reading({}, None))
-        in_blocks = torch.is_grad_enabled() and self.trains_blocked and not self._recomputes
-        return segment_attention(self.model, batch.segments, batch.anchors, self.device, in_blocks)
 
     def decoder_ids(self, batch: Batch) -> Tensor:
         """Return the ids that a sequence-to-sequence decoder is given, (prompts, decoder length)."""

@@ -19,8 +19,7 @@ from icl_markup.answers import OptionSymbols
 from icl_markup.episodes import Demo, Episode, Option, Query
 from icl_markup.errors import PromptError
 from icl_markup.layout import Layout
-from icl_markup.prompt import Piece, Prompt, Slot
-from icl_markup.segments import HEAD
+from icl_markup.prompt import HEAD, Piece, Prompt, Slot
 from icl_markup.template import Node, Template
 from icl_markup.text import TextEncoder, is_encodable
 

@@ -8,7 +8,6 @@ at once (pseudo-log-likelihood over masks).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,13 +21,6 @@ from icl_markup.tags import TagTable
 
 if TYPE_CHECKING:
     from icl_markup.backbone import Backbone
-
-
-def name_copies(backbone: Backbone, markup: Markup, episode: Episode) -> int:
-    """Return how many copies of an episode's prompt of one query, or of queries that share one, `name_scores` reads."""
-    if backbone.local_layers:
-        return len({len(markup.name_ids(option.name)) for option in episode.options})
-    return len(episode.options)
 
 
 def name_scores(
@@ -53,7 +45,6 @@ def name_scores(
         fp32, shape (queries, most options); -inf where an episode has fewer options.
     """
     lines: list[tuple[int, ...]] = []
-    segments: list[tuple[int, ...]] = []
     slots: list[tuple[int, int]] = []
     targets: list[int] = []
     decoder: list[tuple[int, ...]] = []
@@ -61,34 +52,22 @@ def name_scores(
     cells: list[tuple[int, int]] = []
     query = 0
     for prompt, episode in zip(prompts, episodes, strict=True):
-        # Where queries do not see each other, all of a prompt are answered at once; and where a name is nothing but
-        # masks, names of one length have one prompt.
-        known: dict[tuple[int, ...], tuple[int, list[int]]] = {}
-        for asked in [prompt.slots] if backbone.local_layers else [(slot,) for slot in prompt.slots]:
+        for slot in prompt.slots:
             for option, shown in enumerate(episode.options):
-                names = [markup.name_ids(shown.name, slot.spaced) for slot in asked]
-                lengths = tuple(map(len, names))
-                if lengths in known and backbone.local_layers:
-                    row, firsts = known[lengths]
+                name = markup.name_ids(shown.name, slot.spaced)
+                ids = prompt.ids
+                if markup.layout.kind == "masked":
+                    ids = _widened(prompt, slot, len(name), markup.layout.mask_id)
+                elif markup.layout.kind == "causal":
+                    ids = ids + name[:-1]
                 else:
-                    row, firsts = len(lines), [slot.position for slot in asked]
-                    ids, parts = prompt.ids, prompt.segments
-                    if markup.layout.kind == "masked":
-                        ids, parts, firsts = _widened(prompt, asked, lengths, markup.layout.mask_id)
-                    elif markup.layout.kind == "causal":
-                        ids = ids + names[0][:-1]
-                        parts = parts + (parts[-1],) * (lengths[0] - 1)
-                    else:
-                        decoder.append(names[0][:-1])
-                    lines.append(ids)
-                    segments.append(parts)
-                    known[lengths] = row, firsts
-                for number, (name, first) in enumerate(zip(names, firsts, strict=True)):
-                    slots += [(row, first + k) for k in range(len(name))]
-                    owners += [len(cells)] * len(name)
-                    targets += name
-                    cells.append((query + number, option))
-            query += len(asked)
+                    decoder.append(name[:-1])
+                slots += [(len(lines), slot.position + k) for k in range(len(name))]
+                owners += [len(cells)] * len(name)
+                targets += name
+                cells.append((query, option))
+                lines.append(ids)
+            query += 1
     batch = Batch.of_ids(
         lines,
         slots,
@@ -96,7 +75,6 @@ def name_scores(
         targets=targets,
         pad_id=backbone.tokenizer.pad_token_id or 0,
         decoder_ids=_padded(decoder) if decoder else None,
-        segments=segments,
         length=backbone.padded_length(max(map(len, lines))) if torch.is_grad_enabled() else 0,
     )
     log_probs = backbone.token_log_probs(batch, table)
@@ -110,22 +88,9 @@ def name_scores(
     return scores.index_put((rows, columns), sums)
 
 
-def _widened(
-    prompt: Prompt, slots: Sequence[Slot], widths: Sequence[int], mask_id: int
-) -> tuple[tuple[int, ...], tuple[int, ...], list[int]]:
-    """Return a prompt's ids and segments with so many masks at slots, and where those begin."""
-    ids: list[Sequence[int]] = []
-    segments: list[Sequence[int]] = []
-    firsts: list[int] = []
-    copied, added = 0, 0
-    for slot, width in zip(slots, widths, strict=True):
-        ids += prompt.ids[copied : slot.position], (mask_id,) * width
-        segments += prompt.segments[copied : slot.position], (prompt.segments[slot.position],) * width
-        firsts.append(slot.position + added)
-        copied, added = slot.position + 1, added + width - 1
-    ids.append(prompt.ids[copied:])
-    segments.append(prompt.segments[copied:])
-    return tuple(chain(*ids)), tuple(chain(*segments)), firsts
+def _widened(prompt: Prompt, slot: Slot, width: int, mask_id: int) -> tuple[int, ...]:
+    """Return a prompt's ids with so many masks in a slot's place."""
+    return prompt.ids[: slot.position] + (mask_id,) * width + prompt.ids[slot.position + 1 :]
 
 
 def _padded(lines: Sequence[Sequence[int]]) -> Tensor:

@@ -17,8 +17,7 @@ _GROUPS = {
     "Data": "tasks readers rows store mapped episodes",
     "Prompts": "template markup prompt layout chat answers text",
     "Backbone and tags": "tags loading quantisation backbone batching names model scoring sharing packing prefixes"
-    " exactness segments backbone_checks attention_kernels blocked_attention attention_gradients"
-    " segment_blocks devices",
+    " exactness backbone_checks attention_kernels blocked_attention attention_gradients devices",
     "Warm-up": "warmup warmup_config start stream optimisation activations beginnings casts norms preparation"
     " checkpoint run_folder lock files processes sharded zero",
     "Planning": "plan plan_cli study skeleton ledger workload replay accelerators",

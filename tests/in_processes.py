@@ -36,7 +36,7 @@ from icl_markup.sharded import shard_layers, whole
 from icl_markup.warmup import OptimiserConfig, ValidationConfig, WarmupConfig, run_warmup
 from tests.conftest import tiny_task
 
-KINDS = ("llama", "t5", "bert", "segments")
+KINDS = ("llama", "t5", "bert")
 OPTIONS = (Option("lost card"), Option("weather"), Option("opening hours"))
 EPISODES = [
     Episode(OPTIONS, (Demo("will it rain", 1), Demo("I lost my card", 0)), (Query(text, i % 3),))

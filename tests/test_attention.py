@@ -25,7 +25,6 @@ from icl_markup.plot_style import to_png
 from tests.chat_models import chat_backbone
 from tests.conftest import KINDS, tiny_backbone
 from tests.test_markup import an_episode
-from tests.test_segments import segmented
 
 
 @pytest.mark.parametrize("template", ["markup", "plain_seen_01"])
@@ -95,23 +94,6 @@ def test_the_model_is_left_as_it_was(kind: str, attention: str) -> None:
     assert np.array_equal(first.weights, again.weights)
     for found in (first.answer, model.predictions(episode)[0].probabilities):
         assert list(found.values()) == pytest.approx(answer, abs=1e-6)
-
-
-@pytest.mark.parametrize("anchors", [False, True])
-def test_layers_that_read_by_segments_see_their_own_alone(anchors: bool) -> None:
-    model = MarkupModel(segmented("bert", anchors=anchors))
-    found = slot_attention(model, an_episode())
-    others = [i for i, part in enumerate(found.parts) if part.kind in ("option", "demonstration")]
-    local = model.backbone.local_layers
-    assert 0 < local < len(found.weights)
-    assert found.weights.sum(1) == pytest.approx(np.ones(len(found.weights)), abs=1e-5)
-    assert (found.by_part[:local, others] == 0).all() and (found.by_part[local:, others] > 0).all()
-    if anchors:
-        kinds = np.array(found.kinds)
-        outside = np.zeros(len(kinds), dtype=bool)
-        for i in others:
-            outside[found.parts[i].start : found.parts[i].stop] = True
-        assert (found.weights[local:, outside & (kinds == "value")] == 0).all(), "symbols alone stand for a segment"
 
 
 def test_the_end_of_a_chat_is_a_part_of_its_own() -> None:

@@ -19,7 +19,6 @@ from icl_markup.export_peft import export_peft
 from icl_markup.exportable import check_exportable, embedding_scale
 from icl_markup.exported import Exported
 from icl_markup.import_peft import import_peft
-from icl_markup.loading import BackboneConfig
 from icl_markup.model import MarkupModel
 from icl_markup.prompt import Prompt
 from tests.conftest import byte_level_tokenizer, tiny_backbone
@@ -175,8 +174,6 @@ def test_what_cannot_be_written_is_refused_before_or_after_and_never_left_behind
             check_exportable(warmed(double), form)
         with pytest.raises(ExportError, match="has no tags"):
             check_exportable(MarkupModel(tiny_backbone("bert"), "plain_heldout_01"), form)
-        with pytest.raises(ExportError, match="part by part"):
-            check_exportable(MarkupModel.untrained(BackboneConfig("embedded", device="cpu")), form)
     with pytest.raises(ExportError, match="score causal models"):
         check_exportable(warmed(tiny_backbone("t5")), "vectors")
 

@@ -120,11 +120,11 @@ def test_every_part_of_a_prompt_is_a_segment_and_the_same_wherever_it_stands(
     episode = data.draw(adversarial_episodes(most_queries=3))
     episode = replace(episode, task_description=data.draw(st.sampled_from(["", " ", "a bank"])))
     prompt = markup.compose(episode)
-    parts = [number for number, _ in groupby(prompt.segments)]
+    segments = [piece.segment for piece in prompt.pieces for _ in piece.ids]
+    parts = [number for number, _ in groupby(segments)]
     queries = [-1 - i for i in range(len(episode.queries))]
     assert parts == [*range(1 + len(episode.options) + len(episode.demos)), *queries, 0]
-    assert len(prompt.segments) == len(prompt.ids)
-    assert [prompt.segments[slot.position] for slot in prompt.slots] == queries
+    assert [segments[slot.position] for slot in prompt.slots] == queries
     for number, query in zip(queries, episode.queries, strict=True):
         single = markup.compose(replace(episode, queries=(query,)))
         assert segment_of(single, -1) == segment_of(prompt, number)

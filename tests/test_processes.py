@@ -26,7 +26,6 @@ from icl_markup.model import MarkupModel
 from icl_markup.processes import Processes
 from tests.conftest import TEXTS, tiny_backbone
 from tests.in_processes import EPISODES, KINDS, warmed_up
-from tests.test_segments import network
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "accelerate"
 BY = {"split": "fsdp2.yaml", "zero": "zero3.yaml"}
@@ -58,12 +57,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with backbones, a task and an experiment, which one process has measured into rows1.jsonl and cells1."""
     folder = tmp_path_factory.mktemp("processes")
     for name in KINDS:
-        if name == "segments":
-            model, tokenizer = network("bert")
-            model.config.icl_markup = {"local_layers": 1}
-        else:
-            model, tokenizer = tiny_backbone(name).model, tiny_backbone(name).tokenizer
-        tokenizer = copy.deepcopy(tokenizer)  # the tests share it
+        model = tiny_backbone(name).model
+        tokenizer = copy.deepcopy(tiny_backbone(name).tokenizer)  # the tests share it
         tokenizer.model_max_length = 256
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
