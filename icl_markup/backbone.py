@@ -8,7 +8,7 @@ hidden states at the slots, so that no vocabulary-sized logits arise.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from threading import RLock
@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache
 
@@ -27,9 +28,11 @@ from icl_markup.beginnings import beginning_length, computed, without_beginning
 from icl_markup.blocked_attention import rounded_up
 from icl_markup.devices import to_device
 from icl_markup.errors import BackboneError
-from icl_markup.exactness import Exactness, check_exactness
+from icl_markup.exactness import Exactness, check_decoder, check_exactness
 from icl_markup.layout import Kind, Layout
 from icl_markup.loading import DTYPES, BackboneConfig, checkpoint_gradients, length_limit, load_pretrained
+from icl_markup.normalizer import log_normalizer
+from icl_markup.packing import attention_mask
 from icl_markup.quantisation import is_plain, quantisation_of, stored_tensors
 from icl_markup.sharded import is_sharded
 from icl_markup.tags import TagTable, substituted
@@ -164,6 +167,17 @@ class Backbone:
         """Whether its forward and backward passes are those of a CPU."""
         return self.device.type == "cpu"
 
+    @property
+    def shares_names(self) -> bool:
+        """Whether the names that are scored at a slot may share the work for their prompt; checked at first use."""
+        if self.kind == "causal":
+            return self.exactness.limit > 0
+        return self.kind == "seq2seq" and not self._recomputes and not self._decoder_obstacle
+
+    @cached_property
+    def _decoder_obstacle(self) -> str:
+        return check_decoder(self)
+
     @cached_property
     def exactness(self) -> Exactness:
         """Whether prompts may be packed over a cache of what they share; checked at first use."""
@@ -191,23 +205,52 @@ class Backbone:
         """
         return self.logits_at(self._hidden(batch, table), batch.candidates, batch.candidate_mask)
 
-    def token_log_probs(self, batch: Batch, table: TagTable | None = None) -> Tensor:
-        """Return the log-probability, over the whole vocabulary, of `batch.targets` at each slot; fp32, (slots,)."""
-        return self.log_probs_at(self._hidden(batch, table), batch.targets)
+    def slot_states(self, batch: Batch, table: TagTable | None = None) -> Tensor:
+        """Return what the head is given at each slot of a batch, (slots, hidden width)."""
+        return self._hidden(batch, table)
 
     def logits_at(self, hidden: Tensor, candidates: Tensor, mask: Tensor) -> Tensor:
         """Return logits of candidates, given what the head is given at their slots; shapes as in `candidate_logits`."""
         logits = self._logits_of(hidden, to_device(candidates, hidden.device))
         return logits.masked_fill(~to_device(mask, hidden.device), float("-inf"))
 
-    def log_probs_at(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Return log-probabilities of tokens, given what the head is given at their slots; see `token_log_probs`."""
-        parts = []
-        for rows, wanted in zip(hidden.split(256), to_device(targets, hidden.device).split(256), strict=True):
-            weight = self._head.weight
-            logits = self._adjust(self._head(rows.to(weight.dtype) if is_plain(weight) else rows).float())
-            parts.append(logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0])
-        return torch.cat(parts)
+    def log_probs_at(self, hidden: Tensor, targets: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Return log-probabilities of tokens over the whole vocabulary.
+
+        Args:
+            hidden: what the head is given at some places, (places, hidden width).
+            targets: token ids, (tokens,).
+            rows: the place that predicts each of them, (tokens,); None: there is one place for each.
+
+        Returns:
+            fp32, (tokens,).
+        """
+        targets = to_device(targets, hidden.device)
+        if any(p.requires_grad for p in self._head.parameters()):
+            log_probs = self._all_logits(hidden).log_softmax(-1)
+            index = torch.arange(len(targets), device=hidden.device) if rows is None else to_device(rows, hidden.device)
+            return log_probs[index, targets]
+        vocabulary = int(self._head.weight.shape[0]) if is_plain(self._head.weight) else self.first_tag_id
+        normalizer = log_normalizer(hidden, self._head_function(), vocabulary)
+        if rows is not None:
+            index = to_device(rows, hidden.device)
+            # Embeddings, as the gradient of indexing adds up in an order that varies between runs on several threads.
+            hidden, normalizer = F.embedding(index, hidden), F.embedding(index, normalizer[:, None])[:, 0]
+        return self._logits_of(hidden, targets[:, None])[:, 0] - normalizer
+
+    def _head_function(self) -> Callable[[Tensor], Tensor]:
+        """Return a function from states to fp32 logits of the vocabulary: in half precision if tags train in it."""
+        weight = self._head.weight
+        if self.precision == "none" or not torch.is_grad_enabled() or not is_plain(weight):
+            return self._all_logits
+        dtype = DTYPES[self.precision]
+        cast, bias = weight.to(dtype), getattr(self._head, "bias", None)
+        bias = None if bias is None else bias.to(dtype)
+        return lambda rows: self._adjust(F.linear(rows.to(dtype), cast, bias).float())
+
+    def _all_logits(self, rows: Tensor) -> Tensor:
+        weight = self._head.weight
+        return self._adjust(self._head(rows.to(weight.dtype) if is_plain(weight) else rows).float())
 
     def text_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return the last hidden states of ordinary texts: the encoder's where there is one, or the model's.
@@ -234,7 +277,8 @@ class Backbone:
     def _hidden(self, batch: Batch, table: TagTable | None) -> Tensor:
         """Run the model; return what its head is given at the slots, of shape (slots, hidden width)."""
         cache: DynamicCache | None = None
-        if table is not None and torch.is_grad_enabled() and self._keeps_beginnings(batch.input_ids.shape[1]):
+        may_keep = table is not None and torch.is_grad_enabled() and batch.visible is None
+        if may_keep and table is not None and self._keeps_beginnings(batch.input_ids.shape[1]):
             length = beginning_length(batch, table.first_id)
             if length:
                 cache = computed(self, batch.input_ids[0, :length], len(batch.input_ids))
@@ -258,7 +302,10 @@ class Backbone:
     def inputs_of(self, batch: Batch) -> dict[str, Any]:
         """Return the model's keyword arguments for a batch, as it is read for its slots."""
         inputs: dict[str, Any] = {"input_ids": to_device(batch.input_ids, self.device)}
-        if not self._needs_no_mask(batch):
+        if batch.visible is not None:
+            inputs["position_ids"] = to_device(batch.position_ids, self.device)
+            inputs["attention_mask"] = attention_mask(self, to_device(batch.visible, self.device))
+        elif not self._needs_no_mask(batch):
             inputs["attention_mask"] = to_device(batch.attention_mask, self.device)
         if self.kind == "seq2seq":
             inputs["decoder_input_ids"] = self.decoder_ids(batch)
@@ -282,15 +329,20 @@ class Backbone:
 
     def hidden_states(self, inputs: Mapping[str, Any], table: TagTable | None = None) -> Tensor:
         """Run the model on its own keyword arguments; return what its head is given, (rows, length, hidden width)."""
+        return self.run(inputs, table)[0]
+
+    def run(self, inputs: Mapping[str, Any], table: TagTable | None = None) -> tuple[Tensor, Any]:
+        """Do what `hidden_states` does, and return the model's other outputs, too."""
         tags = substituted(self.embedding, table) if table is not None else nullcontext()
         is_trained = torch.is_grad_enabled() and not self._recomputes
         lean = lean_activations(self.model) if is_trained else nullcontext()
         blocks: AbstractContextManager[None] = nullcontext()
-        if is_trained and self.trains_blocked:
-            blocks = blocked(self.model, inputs.get("attention_mask"))
+        mask = inputs.get("attention_mask")
+        if is_trained and self.trains_blocked and (mask is None or mask.ndim == 2):
+            blocks = blocked(self.model, mask)
         with self.lock, tags, lean, blocks, self._head_bypassed() as kept, self.autocast():
-            self.model(**inputs)
-        return kept[0]
+            outputs = self.model(**inputs)
+        return kept[0], outputs
 
     def padded_length(self, length: int) -> int:
         """Return to how many tokens prompts are padded that are trained on together, the longest of so many.

@@ -22,9 +22,11 @@ class Batch:
         positions: the position of each slot, (slots,).
         candidates: token ids of each slot's options, (slots, most options).
         candidate_mask: which of those exist, the same shape, bool.
-        targets: the index of the right option, -1 where unknown, (slots,); for `token_log_probs` a token id.
+        targets: the index of the right option, -1 where unknown, (slots,).
         is_query: which slots belong to queries, (slots,), bool.
         decoder_ids: what a sequence-to-sequence decoder is given after its start token, or None.
+        position_ids: the position of each token if it isn't its place, (prompts, longest); or None.
+        visible: which token sees which, bool, (prompts, longest, longest); None: as the model has it.
     """
 
     input_ids: Tensor
@@ -36,6 +38,8 @@ class Batch:
     targets: Tensor
     is_query: Tensor
     decoder_ids: Tensor | None = None
+    position_ids: Tensor | None = None
+    visible: Tensor | None = None
 
     @classmethod
     def of_ids(
@@ -49,6 +53,8 @@ class Batch:
         is_query: Sequence[bool] | None = None,
         pad_id: int = 0,
         decoder_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        visible: Tensor | None = None,
         length: int = 0,
     ) -> Batch:
         """Pad lists of ids to the longest, or to `length`; `slots` are pairs of (prompt, position)."""
@@ -69,6 +75,8 @@ class Batch:
             torch.tensor(targets if targets is not None else [-1] * len(slots), dtype=torch.long),
             torch.tensor(is_query if is_query is not None else [True] * len(slots), dtype=torch.bool),
             decoder_ids,
+            position_ids,
+            visible,
         )
 
     @classmethod

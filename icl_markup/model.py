@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from icl_markup.backbone import Backbone
 from icl_markup.backbone_checks import check_lookups
@@ -19,7 +20,7 @@ from icl_markup.episodes import Demo, Episode, Option, Query
 from icl_markup.errors import PromptError, nearest
 from icl_markup.loading import BackboneConfig
 from icl_markup.markup import Answers, Markup
-from icl_markup.names import name_scores
+from icl_markup.names import name_scores, name_tokens
 from icl_markup.prefixes import PrefixCache
 from icl_markup.prompt import Prompt
 from icl_markup.scoring import QueryScores, score_queries
@@ -230,16 +231,25 @@ class MarkupModel:
         """Return differentiable scores of every supervised slot of prompts that `markup` (by default ours) composed."""
         markup = markup or self.markup
         if markup.answers == "names":
-            scores = name_scores(self.backbone, markup, prompts, episodes, self.table, self.length_normalised)
+            found = name_scores(self.backbone, markup, prompts, episodes, self.table)
+            means = found.sums / found.lengths
             answers = [slot.answer for prompt in prompts for slot in prompt.slots]
-            targets = torch.tensor([-1 if answer is None else answer for answer in answers], device=scores.device)
-            return SlotScores(scores, targets, torch.ones_like(targets, dtype=torch.bool))
+            targets = torch.tensor([-1 if answer is None else answer for answer in answers], device=means.device)
+            right = means.gather(1, targets.clamp(min=0)[:, None])[:, 0]
+            scores = means if self.length_normalised else found.sums
+            return SlotScores(scores, targets, torch.ones_like(targets, dtype=torch.bool), right)
         length = max(len(prompt.ids) for prompt in prompts)
         if torch.is_grad_enabled():
             length = self.backbone.padded_length(length)
         batch = Batch.of_prompts(prompts, self.pad_id, all_slots=all_slots, length=length)
         scores = self.backbone.candidate_logits(batch, self.table)
         return SlotScores(scores, to_device(batch.targets, scores.device), batch.is_query)
+
+    def tokens_of(self, prompts: Sequence[Prompt], episode: Episode) -> int:
+        """Return how many tokens are computed for prompts of one episode that are computed together."""
+        if self.answers == "names":
+            return name_tokens(self.backbone, self.markup, prompts, episode)
+        return sum(len(prompt.ids) for prompt in prompts)
 
     @property
     def pad_id(self) -> int:
@@ -356,11 +366,24 @@ class SlotScores:
         scores: (slots, most options), fp32; -inf where a slot has fewer options.
         targets: the right option of each slot, -1 where it is unknown, (slots,).
         is_query: which slots are queries', (slots,), bool.
+        right: with names, the mean log-probability of the right name's tokens, (slots,); else None.
     """
 
     scores: Tensor
     targets: Tensor
     is_query: Tensor
+    right: Tensor | None = None
+
+    def loss(self, name_share: float) -> Tensor:
+        """Return the loss, summed over the slots whose answer is known.
+
+        It is the cross-entropy over the options, and with names `name_share` times the right name's own loss besides:
+        the contrast alone leaves the model free to find all names unlikely.
+        """
+        contrast = F.cross_entropy(self.scores, self.targets, reduction="sum", ignore_index=-1)
+        if self.right is None or not name_share:
+            return contrast
+        return contrast - name_share * self.right[self.targets >= 0].sum()
 
 
 def _table(backbone: Backbone, tags: Sequence[Tag], initialisation: Initialisation, seed: int) -> TagTable:

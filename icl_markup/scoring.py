@@ -11,6 +11,7 @@ from torch import Tensor
 from icl_markup.batching import cut_by_length
 from icl_markup.episodes import Episode
 from icl_markup.markup import Markup
+from icl_markup.names import name_tokens
 from icl_markup.prompt import Prompt
 from icl_markup.sharing import shared_scores
 
@@ -50,7 +51,7 @@ def score_queries(
     Each query has a prompt of its own. Prompts of a causal backbone that begin alike share the work for that
     (`icl_markup.sharing`).
     """
-    asked = [item for episode in episodes for item in _composed(markup, episode)]
+    asked = [item for episode in episodes for item in _composed(model, markup, episode)]
     found: dict[int, QueryScores] = {}
     if model.backbone.kind == "causal":
         prompts = [item.prompt for item in asked]
@@ -67,10 +68,11 @@ def score_queries(
     return [[next(flat) for _ in episode.queries] for episode in episodes]
 
 
-def _composed(markup: Markup, episode: Episode) -> Iterator[_Asked]:
+def _composed(model: MarkupModel, markup: Markup, episode: Episode) -> Iterator[_Asked]:
     """Compose a prompt for each query of an episode, in order."""
-    copies = len(episode.options) if markup.answers == "names" else 1
+    named = markup.answers == "names"
     for query in episode.queries:
         part = replace(episode, queries=(query,))
         prompt = markup.compose(part)
-        yield _Asked(prompt, part, len(prompt.ids) * copies)
+        tokens = name_tokens(model.backbone, markup, [prompt], part) if named else len(prompt.ids)
+        yield _Asked(prompt, part, tokens)

@@ -131,6 +131,7 @@ class _Warmup:
             batches_per_step=plan.batches_per_step,
             workers=(0 if accelerator.device.type == "cpu" else 2) if config.workers is None else config.workers,
             padded_length=model.backbone.padded_length,
+            tokens=model.tokens_of,
         )
         self.scale = _embedding_deviation(model.backbone)
         rate = plan.learning_rate * self.scale

@@ -32,6 +32,10 @@ class OptimiserConfig:
     warmup_steps: int = 10
     """Steps over which it rises first (not with the schedule constant)."""
 
+    name_share: float = 0.2
+    """With names: the weight of the right name's own loss (the mean over its tokens) beside the contrast of all
+    options' names."""
+
     gradient_clip: float = 1.0
     """The largest norm of the gradient."""
 
@@ -46,6 +50,8 @@ class OptimiserConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "steps", "learning_rate", "gradient_clip", "batch_tokens", "window", "batches_per_step")
+        if self.name_share < 0:
+            raise ConfigError(f"name_share: {self.name_share} is negative")
 
 
 @dataclass(frozen=True)
