@@ -93,7 +93,7 @@ class WarmupConfig:
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     """The frozen language model."""
 
-    template: str = "markup"
+    template: str = "markup_letters"
     """A template's name or path."""
 
     tag_width: int | None = None
