@@ -159,7 +159,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_model(parser: argparse.ArgumentParser) -> None:
     _add_tags(parser, "a tag folder or hub name (user/tags); brings its backbone and template along")
     parser.add_argument("--backbone", help="a transformers folder or hub name (default: the tags', or embedded)")
-    parser.add_argument("--template", help="a template's name or path (default: the tags', or markup)")
+    parser.add_argument("--template", help="a template's name or path (default: the tags', or markup_letters)")
     parser.add_argument("--answers", choices=["symbols", "names"], default="symbols",
                         help="read option symbols, or score whole names (beyond 26 labels anyway)")  # fmt: skip
     _add_chat(parser)

@@ -349,7 +349,9 @@ class _Assembly:
                 self.space = False
                 self._add("tag", self.markup._tag_ids[node.value])
             elif node.kind == "text":
-                self._literal(node.value.rstrip() if place == ends else node.value)
+                # Spaces before a tag and at the end were asked for, or the template would not have kept them.
+                whole = place == len(nodes) or nodes[place].kind == "tag"
+                self._literal(node.value.rstrip() if place == ends else node.value, whole)
             elif node.value == "label":
                 self._slot(query) if query else self._answer(option)
             elif node.value == "symbol" and option is not None:
@@ -357,14 +359,15 @@ class _Assembly:
             else:
                 self._value(values[node.value], cap if node.value == "text" else None)
 
-    def _literal(self, text: str) -> None:
+    def _literal(self, text: str, whole: bool) -> None:
+        """Write text of the template; the space at its end goes into the next value's tokens unless it is `whole`."""
         if self.markup.layout.trims and all(piece.kind == "special" for piece in self.pieces):
             text = text.lstrip()
         if not text:
             return
         if self.space:
             text = " " + text.removeprefix(" ")
-        self.space = text.endswith(" ")
+        self.space = text.endswith(" ") and not whole
         self._add("text", self.markup._encode(text[:-1] if self.space else text))
 
     def _value(self, value: str, cap: int | None) -> None:

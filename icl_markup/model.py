@@ -81,7 +81,7 @@ class MarkupModel:
     def __init__(
         self,
         backbone: Backbone,
-        template: Template | str | Path = "markup",
+        template: Template | str | Path = "markup_letters",
         vectors: dict[str, Tensor] | None = None,
         *,
         answers: Answers = "symbols",
@@ -108,7 +108,7 @@ class MarkupModel:
 
     @classmethod
     def untrained(
-        cls, backbone: str | BackboneConfig = "embedded", template: str | Path = "markup", **options: Any
+        cls, backbone: str | BackboneConfig = "embedded", template: str | Path = "markup_letters", **options: Any
     ) -> MarkupModel:
         """Load a backbone by folder, hub name or configuration, with fresh tags of `template`.
 

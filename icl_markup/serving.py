@@ -28,7 +28,7 @@ def load_for(args: argparse.Namespace) -> MarkupModel:
         if args.revision:
             raise PromptError("--revision is that of --tags; give --tags, or leave it away")
         backbone = Backbone.load(_config(args, "embedded"))
-        return MarkupModel(backbone, args.template or "markup", answers=args.answers, chat=chat_of(args))
+        return MarkupModel(backbone, args.template or "markup_letters", answers=args.answers, chat=chat_of(args))
     if args.answers != "symbols":
         raise PromptError("--tags brings along how it is answered; leave --answers away")
     if args.chat or args.system:

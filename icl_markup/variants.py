@@ -102,7 +102,7 @@ def _models(
 ) -> Iterator[tuple[str, list[Any], Callable[[], MarkupModel], int]]:
     """Yield label, what the answers depend on besides the backbone, a function that makes the model, parameters."""
     if method.name in ("plain", "label_names", "tags_untrained"):
-        for name in method.templates or ["markup"]:
+        for name in method.templates or ["markup_letters"]:
             template = _without(Template.load(name), method.without_tags)
             if template.is_plain != (method.name != "tags_untrained"):
                 has = "has no" if template.is_plain else "has"

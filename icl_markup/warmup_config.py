@@ -99,7 +99,7 @@ class WarmupConfig:
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     """The frozen language model."""
 
-    template: str = "markup"
+    template: str = "markup_letters"
     """A template's name or path."""
 
     tag_width: int | None = None

@@ -99,7 +99,7 @@ def main() -> None:
         seconds: dict[str | None, float] = {}
         for source in (None, *WARMED_UP):
             if source is None:
-                model = MarkupModel(backbones["none"], "markup", seed=seed)
+                model = MarkupModel(backbones["none"], "markup_letters", seed=seed)
             else:
                 with tempfile.TemporaryDirectory() as folder:
                     model, seconds[source] = warm_up(backbones[source], args.steps, seed, Path(folder) / "run")
@@ -112,7 +112,7 @@ def main() -> None:
                     spent[source, form] = (time.process_time() - began) / len(drawn)
                     print(source, form, f"{(found[source, form] == right).mean():.3f}", flush=True)
         for (source, form), given in found.items():
-            table = MarkupModel(backbones[form], "markup").table
+            table = MarkupModel(backbones[form], "markup_letters").table
             assert table is not None
             difference = (given == right).astype(float) - (found["none", "none"] == right)
             rows.append(
@@ -122,7 +122,7 @@ def main() -> None:
                     backbone="embedded",
                     method="tags" if source else "tags_untrained",
                     estimate=estimate(given == right),
-                    template="markup",
+                    template="markup_letters",
                     n_way=N_WAY,
                     k_shot=K_SHOT,
                     seed=seed,

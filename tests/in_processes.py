@@ -138,7 +138,7 @@ def split(folder: Path, runs: Path, name: str) -> dict[str, Any]:
     # Of what DeepSpeed has split, a parameter itself is empty unless it is gathered at the moment.
     rest = [p for p in parameters if not isinstance(p, DTensor)]
     answers = answer_together(model, EPISODES)
-    names = MarkupModel(backbone, "markup", model.table.vectors(), answers="names")
+    names = MarkupModel(backbone, "markup_letters", model.table.vectors(), answers="names")
     copied = MetaIclConfig(tasks=[], output=str(folder / "lora"), method="lora")
     return {
         "rows": model.table.rows.tolist(),

@@ -27,7 +27,7 @@ from tests.conftest import KINDS, tiny_backbone
 from tests.test_markup import an_episode
 
 
-@pytest.mark.parametrize("template", ["markup", "plain_seen_01"])
+@pytest.mark.parametrize("template", ["markup_letters", "plain_seen_01"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_attention_sums_to_one_in_every_layer_and_over_parts_and_kinds(kind: str, template: str) -> None:
     model = MarkupModel(tiny_backbone(kind), template)
@@ -38,7 +38,7 @@ def test_attention_sums_to_one_in_every_layer_and_over_parts_and_kinds(kind: str
     assert [part.kind for part in found.parts if part.kind not in ("head", "end")] == (
         ["option"] * 3 + ["demonstration"] * 3 + ["query"]
     )
-    assert ("tag" in found.by_kind) == (template == "markup")
+    assert ("tag" in found.by_kind) == (template == "markup_letters")
     edges = [(part.start, part.stop) for part in found.parts]
     assert edges[0][0] == 0 and edges[-1][1] == len(found.kinds)
     assert all(before[1] == after[0] for before, after in pairwise(edges))
@@ -137,16 +137,19 @@ def test_the_picture_shows_every_part_and_is_the_same_bytes_twice() -> None:
     figure = picture(found, "tiny")
     to_png(figure)
     texts = [text.get_text() for text in figure.findobj(Text) if isinstance(text, Text)]
-    for name in ("option A: lost card", "query: when do you open", "markup", "plain_seen_01", "tags", "tokens"):
+    for name in ("option A: lost card", "query: when do you open", "markup_letters", "plain_seen_01", "tags", "tokens"):
         assert name in texts
     share = 100 * found[0].by_part[0, 1]
     assert (f"{share:.0f}" if share >= 0.5 else "<1") in texts
     told = caption(found)
-    assert "in markup, mean over 2 layers" in told and "in plain_seen_01" in told and "option" in told
+    assert "in markup_letters, mean over 2 layers" in told and "in plain_seen_01" in told and "option" in told
 
 
 def both(backbone: Backbone) -> list[SlotAttention]:
-    return [slot_attention(MarkupModel(backbone, template), an_episode()) for template in ("markup", "plain_seen_01")]
+    return [
+        slot_attention(MarkupModel(backbone, template), an_episode())
+        for template in ("markup_letters", "plain_seen_01")
+    ]
 
 
 def test_the_command_prints_draws_and_gives_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -162,7 +165,7 @@ def test_the_command_prints_draws_and_gives_json(tmp_path: Path, capsys: pytest.
     assert place.read_bytes().startswith(b"\x89PNG")
     assert main([*asked, "--json", "--against", "none", "--", "will it rain"]) == 0
     [only] = json.loads(capsys.readouterr().out)
-    assert only["template"] == "markup" and only["layers"] == 2
+    assert only["template"] == "markup_letters" and only["layers"] == 2
     total = np.array([part["attention"] for part in only["parts"]]).sum(0)
     assert total == pytest.approx([1, 1], abs=1e-5)
     assert sum(part["tokens"] for part in only["parts"]) == only["tokens"]

@@ -43,7 +43,7 @@ def test_candidate_logits_are_those_of_the_whole_model(backbone: Backbone) -> No
 
 
 def test_a_prompt_gets_the_same_logits_alone_and_in_a_padded_batch(backbone: Backbone) -> None:
-    model = MarkupModel(backbone, "markup")
+    model = MarkupModel(backbone, "markup_letters")
     prompts = composed(model, ["hi", "when do you close, and when do you open again on the day after that"])
     with torch.no_grad():
         together = backbone.candidate_logits(Batch.of_prompts(prompts, model.pad_id, all_slots=False), model.table)
@@ -115,7 +115,7 @@ def test_gradient_checkpointing_changes_no_gradient(kind: str, tmp_path: Path) -
         config = BackboneConfig(
             str(tmp_path), precision="none", device="cpu", max_length=200, gradient_checkpointing=checkpointing
         )
-        model = MarkupModel(Backbone.load(config), "markup")
+        model = MarkupModel(Backbone.load(config), "markup_letters")
         batch = Batch.of_prompts(composed(model, ["when do you close"]), model.pad_id)
         loss = torch.nn.functional.cross_entropy(model.backbone.candidate_logits(batch, model.table), batch.targets)
         loss.backward()
@@ -130,7 +130,7 @@ def test_half_precision_weights_keep_fp32_tags_with_finite_gradients(dtype: str,
     source.model.save_pretrained(tmp_path)
     source.tokenizer.save_pretrained(tmp_path)
     backbone = Backbone.load(BackboneConfig(str(tmp_path), dtype=dtype, precision="none", device="cpu"))
-    model = MarkupModel(backbone, "markup")
+    model = MarkupModel(backbone, "markup_letters")
     assert next(backbone.model.parameters()).dtype != torch.float32
     batch = Batch.of_prompts(composed(model, ["when do you close"]), model.pad_id)
     logits = backbone.candidate_logits(batch, model.table)
@@ -182,7 +182,7 @@ def test_tied_and_untied_t5_heads_give_their_own_logits_and_are_never_changed(ti
     batch = Batch.of_prompts(composed(model, ["when do you close"]))
     with torch.no_grad():
         assert torch.allclose(backbone.candidate_logits(batch), full_logits(backbone, batch), atol=1e-4)
-    MarkupModel(backbone, "markup").classify(["when"], LABELS)
+    MarkupModel(backbone, "markup_letters").classify(["when"], LABELS)
     assert backbone.checksum() == checksum
 
 

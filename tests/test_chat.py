@@ -184,7 +184,7 @@ def test_the_slot_is_answered_with_a_space_only_where_the_chat_has_one(name: str
 @pytest.mark.parametrize("name", ["llama3", "llama2", "phi3", "gptoss"])
 def test_what_prompts_share_is_computed_once_with_the_chats_head(name: str, answers: Any) -> None:
     backbone = backbone_of(name)
-    model = MarkupModel(backbone, "markup", answers=answers, chat=ChatConfig(True, SYSTEM))
+    model = MarkupModel(backbone, "markup_letters", answers=answers, chat=ChatConfig(True, SYSTEM))
     labels, demos = ["lost card", "opening hours"], [("I lost my card", "lost card")]
     texts = ["when do you open", "where is it", "stolen card"]
     together = model.classify(texts, labels, demos)
@@ -245,7 +245,7 @@ def test_a_template_of_ones_own_gives_a_chat_to_a_tokenizer_without_one(tmp_path
 def test_a_sequence_to_sequence_backbone_keeps_the_end_of_its_input() -> None:
     backbone = tiny_backbone("t5")
     frame = ChatFrame("", "", "", " answer", False)
-    model = MarkupModel(backbone, "markup", chat=frame)
+    model = MarkupModel(backbone, "markup_letters", chat=frame)
     prompt = model.markup.compose(an_episode())
     assert prompt.ids[-1] == backbone.tokenizer.eos_token_id and prompt.slots[-1].position == 0
     [answer] = model.classify(["when"], ["a", "b"])

@@ -98,7 +98,7 @@ def test_a_warm_up_that_began_before_there_were_chats_can_be_resumed(tmp_path: P
     run_warmup(again, tasks=[tiny_task()], validation_tasks=[], backbone=backbone, progress=False)
 
 
-@pytest.mark.parametrize("template", ["markup", "plain_seen_02"])
+@pytest.mark.parametrize("template", ["markup_letters", "plain_seen_02"])
 def test_a_classifier_takes_its_chat_along(template: str, tmp_path: Path) -> None:
     backbone = chat_backbone("llama3")
     backbone.model.save_pretrained(tmp_path / "model")

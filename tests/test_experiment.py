@@ -172,7 +172,7 @@ def test_a_damaged_cell_is_an_error_that_names_it(workplace: Path) -> None:
     [
         ({"name": "tags"}, "folders"),
         ({"name": "plain"}, "templates is empty"),
-        ({"name": "plain", "templates": ["markup"]}, "has tags"),
+        ({"name": "plain", "templates": ["markup_letters"]}, "has tags"),
         ({"name": "tags_untrained", "templates": ["plain_seen_01"]}, "has no tags"),
         ({"name": "embedding_knn", "options": {"neighbours": 3}}, "neighbours"),
         ({"name": "lora", "warmup": "warmup.yaml", "overrides": {"rank": 3}}, "rank"),

@@ -75,7 +75,7 @@ BACKBONES: dict[str, Callable[[], Backbone]] = {
 }
 
 
-def warmed(backbone: Backbone, template: str | Template = "markup") -> MarkupModel:
+def warmed(backbone: Backbone, template: str | Template = "markup_letters") -> MarkupModel:
     """A model whose tags are far from where they began, so that a tag in the head would often win."""
     model = MarkupModel(backbone, template, seed=3)
     with torch.no_grad():

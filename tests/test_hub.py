@@ -34,7 +34,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubStandIn]
 
 
 def a_model(seed: int = 0, backbone: Backbone | None = None) -> MarkupModel:
-    return MarkupModel(backbone or tiny_backbone("bert"), "markup", seed=seed)
+    return MarkupModel(backbone or tiny_backbone("bert"), "markup_letters", seed=seed)
 
 
 def in_cache(name: str) -> list[Path]:

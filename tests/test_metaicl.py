@@ -409,7 +409,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, monkeypatch: py
 
 def test_what_cannot_be_trained_is_refused(tmp_path: Path) -> None:
     with pytest.raises(WarmupError, match="take one in plain words"):
-        train(tmp_path, template="markup")
+        train(tmp_path, template="markup_letters")
     with pytest.raises(ConfigError, match=r"lora_targets: .*not_a_layer"):
         train(tmp_path, lora_targets=["not_a_layer"])
     with pytest.raises(ConfigError, match="the output head"):

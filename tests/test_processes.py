@@ -232,7 +232,7 @@ def test_a_backbone_split_over_two_processes_gives_the_tags_and_answers_of_a_who
     assert torch.allclose(torch.tensor(ours["rows"]), rows, atol=3e-5 if by == "zero" else 1e-5)
     assert ours["rows"] == theirs["rows"] and ours["loss"] == theirs["loss"]
     assert np.allclose(ours["loss"], answer_queries(model, EPISODES).loss, atol=1e-5)
-    names = MarkupModel(model.backbone, "markup", model.table.vectors(), answers="names")
+    names = MarkupModel(model.backbone, "markup_letters", model.table.vectors(), answers="names")
     scores = [one.scores.tolist() for found in names.scores(EPISODES) for one in found]
     assert np.allclose(ours["names"], scores, atol=1e-5)
     runs = (workplace / by / name, tmp_path / "run")

@@ -47,7 +47,7 @@ def without_first_token() -> Backbone:
 
 
 def test_it_has_as_many_parameters_as_the_default_tags(backbone: Backbone) -> None:
-    tuned, tags = MarkupModel(backbone, NAME), MarkupModel(backbone, "markup")
+    tuned, tags = MarkupModel(backbone, NAME), MarkupModel(backbone, "markup_letters")
     assert [tag.width for tag in tuned.template.tags] == [10]
     assert tuned.table.rows.shape == tags.table.rows.shape
 

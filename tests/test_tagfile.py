@@ -18,7 +18,7 @@ LABELS = ["lost card", "weather"]
 
 
 def saved(folder: Path, backbone: Backbone) -> MarkupModel:
-    model = MarkupModel(backbone, "markup", seed=5)
+    model = MarkupModel(backbone, "markup_letters", seed=5)
     with torch.no_grad():
         model.table.rows.add_(torch.randn_like(model.table.rows))
     model.save(folder, {"steps": 3, "seed": 5})
