@@ -145,6 +145,11 @@ class Backbone:
         return int(next(self.embedding.parameters()).shape[0])
 
     @property
+    def parameters(self) -> int:
+        """How many weights it has; of a quantised one, how many numbers they are packed in."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @property
     def vocabulary(self) -> Tensor:
         """The ids of ordinary tokens (no special or added token), shape (n,)."""
         rows = min(self.first_tag_id, len(self.tokenizer))
@@ -303,6 +308,7 @@ class Backbone:
         """Return the model's keyword arguments for a batch, as it is read for its slots."""
         inputs: dict[str, Any] = {"input_ids": to_device(batch.input_ids, self.device)}
         if batch.visible is not None:
+            assert batch.position_ids is not None
             inputs["position_ids"] = to_device(batch.position_ids, self.device)
             inputs["attention_mask"] = attention_mask(self, to_device(batch.visible, self.device))
         elif not self._needs_no_mask(batch):

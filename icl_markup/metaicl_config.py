@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from icl_markup.answers import AnswersChoice
 from icl_markup.chat import ChatConfig
 from icl_markup.config import require_positive
 from icl_markup.episodes import EpisodeConfig
 from icl_markup.errors import ConfigError
 from icl_markup.loading import BackboneConfig
-from icl_markup.markup import Answers
 from icl_markup.readers import TaskSource
 from icl_markup.warmup_config import OptimiserConfig, ValidationConfig, WarmupConfig
 
@@ -69,8 +69,8 @@ class MetaIclConfig:
     template: str = "plain_seen_01"
     """The name or path of a template in plain words."""
 
-    answers: Answers = "symbols"
-    """Read option symbols at the slot, or score whole label names."""
+    answers: AnswersChoice = "auto"
+    """Read option symbols at the slot, or score whole label names; auto: what the template shows."""
 
     length_normalised: bool = True
     """With names: score by the mean log-probability of a name's tokens instead of the sum."""

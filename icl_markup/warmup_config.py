@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from icl_markup.answers import AnswersChoice
 from icl_markup.chat import ChatConfig
 from icl_markup.config import require_positive
 from icl_markup.episodes import EpisodeConfig
 from icl_markup.errors import ConfigError
 from icl_markup.loading import BackboneConfig
-from icl_markup.markup import Answers
 from icl_markup.readers import TaskSource
 from icl_markup.tags import Initialisation
 
@@ -99,8 +99,9 @@ class WarmupConfig:
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     """The frozen language model."""
 
-    template: str = "markup_letters"
-    """A template's name or path."""
+    template: str = "auto"
+    """A template's name or path; auto: that of the first of start_from, or the default markup that goes with the
+    answers."""
 
     tag_width: int | None = None
     """Soft tokens a tag, instead of the widths that the template gives; tags of start_from keep theirs."""
@@ -116,8 +117,10 @@ class WarmupConfig:
     """The tags that are trained; the others stay as they began, to the bit. new: those that start_from does not
     bring. Or their names, such as ["<demo>"]."""
 
-    answers: Answers = "symbols"
-    """Read option symbols at the slot, or score whole label names."""
+    answers: AnswersChoice = "auto"
+    """Read option symbols at the slot, or score whole label names; auto: as in start_from, or what the template
+    shows, or what suits the backbone (names in causal models of fewer than 3 billion weights and in
+    sequence-to-sequence models, else symbols)."""
 
     length_normalised: bool = True
     """With names: score by the mean log-probability of a name's tokens instead of the sum."""
