@@ -19,6 +19,7 @@ from icl_markup.episodes import Demo, Episode, Option, Query
 from icl_markup.errors import PromptError, nearest
 from icl_markup.loading import BackboneConfig
 from icl_markup.markup import Answers, Markup
+from icl_markup.models import DEFAULT
 from icl_markup.names import name_scores
 from icl_markup.prefixes import PrefixCache
 from icl_markup.prompt import Prompt
@@ -107,7 +108,7 @@ class MarkupModel:
 
     @classmethod
     def untrained(
-        cls, backbone: str | BackboneConfig = "embedded", template: str | Path = "markup", **options: Any
+        cls, backbone: str | BackboneConfig = DEFAULT, template: str | Path = "markup", **options: Any
     ) -> MarkupModel:
         """Load a backbone by folder, hub name or configuration, with fresh tags of `template`.
 

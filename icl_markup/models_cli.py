@@ -59,7 +59,7 @@ def print_models(models: Sequence[NamedModel]) -> None:
     for model in models:
         cells = (model.name, model.parameters, model.license, model.state, _packages(model))
         table.add_row(*map(escape, cells))
-    Console(soft_wrap=True).print(table)
+    Console(soft_wrap=True).print(table, "")
     for model in models:
         print(f"{model.name}: {model.title} ({model.purpose}); {model.hub} on the hub; license: {model.terms}")
     for model in models:
