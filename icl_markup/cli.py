@@ -17,6 +17,8 @@ from tqdm import tqdm
 from icl_markup.config import describe, load_config
 from icl_markup.errors import Interrupted, MarkupError, PromptError
 from icl_markup.export_cli import add_commands as add_export_commands
+from icl_markup.models import DEFAULT
+from icl_markup.models_cli import add_command as add_models
 from icl_markup.plan_cli import add_command as add_plan
 from icl_markup.priors import Prior
 from icl_markup.processes import is_first, leave, let_the_first_speak
@@ -25,6 +27,8 @@ from icl_markup.serve import add_arguments as add_serve_arguments
 from icl_markup.tag_commands import add_tag_commands
 from icl_markup.understand import add_commands as add_understanding
 
+_BACKBONE = f"""a model that `icl-markup models` lists, a transformers folder, a GGUF file or a hub name (default: the
+tags', or {DEFAULT})"""
 _FIT = "Make a classifier of labels and examples; nothing is trained. Writes a folder for predict and serve."
 _PREDICT = """Classify texts; writes JSONL. Exit codes: 0 done; 1 done, but some texts have an error instead of an
 answer (--keep-errors); 2 an error; 130 interrupted."""
@@ -156,6 +160,8 @@ def _parser() -> argparse.ArgumentParser:
 
     add_export_commands(commands, _add_episode)
 
+    add_models(commands)
+
     quickstart = commands.add_parser("quickstart", help="warm up and measure on the embedded default")
     _add_quickstart(quickstart)
     quickstart.set_defaults(run=_quickstart)
@@ -164,7 +170,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     _add_tags(parser, "a tag folder or hub name (user/tags); brings its backbone and template along")
-    parser.add_argument("--backbone", help="a transformers folder or hub name (default: the tags', or embedded)")
+    parser.add_argument("--backbone", help=_BACKBONE)
     parser.add_argument("--template", help="a template's name or path (default: the tags', or the default markup)")
     parser.add_argument("--answers", choices=["auto", "symbols", "names"], default="auto",
                         help="read option symbols, or score whole names (auto: what the template shows, or what suits "
@@ -189,7 +195,7 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("examples", help="a .jsonl, .csv, .tsv or .parquet file, or a task folder: texts and labels")
     parser.add_argument("--out", required=True, help="the folder to write; an existing classifier is replaced")
     _add_tags(parser, "a folder of warmed-up tags, or their hub name (default: untrained ones)")
-    parser.add_argument("--backbone", help="a transformers folder or hub name (default: the tags', or embedded)")
+    parser.add_argument("--backbone", help=_BACKBONE)
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps …")
     _add_chat(parser)
     add_quantisation(parser)

@@ -11,9 +11,9 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from icl_markup.embedded import resolve
 from icl_markup.errors import BackboneError
 from icl_markup.layout import Kind
+from icl_markup.models import DEFAULT, remedy, resolve
 from icl_markup.quantisation import Quantisation, loading_options, recorded, settle
 from icl_markup.sharded import shard_layers, shards_layers
 
@@ -32,8 +32,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class BackboneConfig:
     """Which language model, and how it runs."""
 
-    name: str = "embedded"
-    """A transformers folder or hub name, or ``embedded`` for the encoder inside this package."""
+    name: str = DEFAULT
+    """A model that ``icl-markup models`` lists, a transformers folder, a GGUF file (a path, or user/repo/file.gguf on
+    the hub), or a hub name; ``embedded`` is the encoder inside this package."""
 
     revision: str | None = None
     """A hub model's revision (commit, tag or branch)."""
@@ -80,12 +81,13 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Source:
-    """What is known of a model before its weights are read."""
+    """What is known of a model before its weights are read; `path` is what transformers loads."""
 
     settings: transformers.PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
     kind: Kind
     is_quantised: bool
+    path: str
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ def load_pretrained(config: BackboneConfig) -> Loaded:
     wanted = {} if plan.attention is None else {"attn_implementation": plan.attention}
     try:
         model, report = AUTO_CLASSES[kind].from_pretrained(
-            resolve(config.name),
+            source.path,
             dtype=plan.dtype,
             **wanted,
             **quantised,
@@ -153,15 +155,17 @@ def read_source(config: BackboneConfig) -> Source:
     Raises:
         BackboneError: one of them is not there or cannot be used, or the kind of model cannot be told.
     """
-    path = resolve(config.name)
+    path = resolve(config.name, config.revision)
     try:
         settings = transformers.AutoConfig.from_pretrained(path, **_hub(config))
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, use_fast=True, **_hub(config))
     except (OSError, ValueError, KeyError) as error:
-        raise BackboneError(f"backbone {config.name!r}: transformers cannot load it: {_first_line(error)}") from error
+        raise BackboneError(
+            f"backbone {config.name!r}: transformers cannot load it: {_first_line(error)}{remedy(config.name)}"
+        ) from error
     kind: Kind = _kind(settings) if config.kind == "auto" else config.kind
     is_quantised = config.quantisation not in ("auto", "none") or bool(getattr(settings, "quantization_config", None))
-    return Source(settings, tokenizer, kind, is_quantised)
+    return Source(settings, tokenizer, kind, is_quantised, path)
 
 
 def settled(config: BackboneConfig, source: Source, device: torch.device, *, has_bf16: bool | None = None) -> Settled:

@@ -22,6 +22,7 @@ from icl_markup.episodes import Demo, Episode, Option, Query
 from icl_markup.errors import PromptError, nearest
 from icl_markup.loading import BackboneConfig
 from icl_markup.markup import Markup
+from icl_markup.models import DEFAULT
 from icl_markup.names import name_scores, name_tokens
 from icl_markup.prefixes import PrefixCache
 from icl_markup.priors import Prior, log_probs_of, names_of
@@ -112,7 +113,7 @@ class MarkupModel:
 
     @classmethod
     def untrained(
-        cls, backbone: str | BackboneConfig = "smollm2", template: str | Path = AUTO, **options: Any
+        cls, backbone: str | BackboneConfig = DEFAULT, template: str | Path = AUTO, **options: Any
     ) -> MarkupModel:
         """Load a backbone by folder, hub name or configuration, with fresh tags of `template`.
 

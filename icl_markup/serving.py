@@ -12,6 +12,7 @@ from icl_markup.episodes import Episode
 from icl_markup.errors import PromptError
 from icl_markup.loading import BackboneConfig, config_of
 from icl_markup.model import MarkupModel
+from icl_markup.models import DEFAULT
 from icl_markup.predict import Ask, ask_classifier, ask_model
 from icl_markup.readers import TaskSource, read_task
 from icl_markup.tagfile import TagFile, load_model
@@ -28,7 +29,7 @@ def load_for(args: argparse.Namespace) -> MarkupModel:
     if not args.tags:
         if args.revision:
             raise PromptError("--revision is that of --tags; give --tags, or leave it away")
-        backbone = Backbone.load(_config(args, "embedded"))
+        backbone = Backbone.load(_config(args, DEFAULT))
         return MarkupModel(backbone, args.template or AUTO, answers=args.answers, chat=chat_of(args))
     if args.answers != "auto":
         raise PromptError("--tags brings along how it is answered; leave --answers away")

@@ -15,6 +15,7 @@ from icl_markup.chat import ChatConfig
 from icl_markup.composition import composed
 from icl_markup.loading import BackboneConfig, config_of
 from icl_markup.model import MarkupModel
+from icl_markup.models import DEFAULT
 from icl_markup.tagfile import load_model
 from icl_markup.template import Template
 
@@ -40,7 +41,7 @@ def load_shared(
 
     Args:
         tags: a tag folder, a hub name, or a list of them; or None.
-        config: the backbone, its device and quantisation; an empty name, or None: the tags' own, or the embedded one.
+        config: the backbone, its device and quantisation; an empty name, or None: the tags' own, or the default one.
         template: the template; None: that of the tags, or the default markup.
         seed: the seed of untrained tags.
         chat: the chat of untrained tags; others bring their own along.
@@ -49,7 +50,7 @@ def load_shared(
         TagFileError, BackboneError, TemplateError: something cannot be loaded.
     """
     with _lock:
-        wanted = config if config is not None and config.name else replace(config or BackboneConfig(), name="embedded")
+        wanted = config if config is not None and config.name else replace(config or BackboneConfig(), name=DEFAULT)
         found = None if tags is None else composed(tags, template=template)
         if found is not None:
             if config is None or not config.name:
