@@ -66,7 +66,7 @@ class MetaIclConfig:
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     """The language model that a copy of is trained."""
 
-    template: str = "plain_seen_01"
+    template: str = "plain_letters_text_label"
     """The name or path of a template in plain words."""
 
     answers: AnswersChoice = "auto"

@@ -89,9 +89,11 @@ def _config(folder: Path, overrides: tuple[str, ...]) -> WarmupConfig:
 
 
 def _methods(model: MarkupModel) -> dict[str, list[MarkupModel]]:
+    answers = model.answers
+    wordings = shipped_templates("plain_words" if answers == "names" else "plain_letters")
     return {
-        "plain": [MarkupModel(model.backbone, name) for name in shipped_templates("plain_heldout")],
-        "tags_untrained": [MarkupModel(model.backbone, model.template)],
+        "plain": [MarkupModel(model.backbone, name, answers=answers) for name in wordings],
+        "tags_untrained": [MarkupModel(model.backbone, model.template, answers=answers)],
         "tags": [model],
     }
 

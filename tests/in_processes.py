@@ -114,7 +114,7 @@ def evaluated(folder: Path, here: Processes) -> dict[str, Any]:
     return found
 
 
-PLAIN = "[{name: plain, templates: [plain_heldout_01]}]"
+PLAIN = "[{name: plain, templates: [plain_letters_multiple_choice]}]"
 
 
 def is_split(parameter: torch.Tensor) -> bool:

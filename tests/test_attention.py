@@ -27,7 +27,7 @@ from tests.conftest import KINDS, tiny_backbone
 from tests.test_markup import an_episode
 
 
-@pytest.mark.parametrize("template", ["markup_letters", "plain_seen_01"])
+@pytest.mark.parametrize("template", ["markup_letters", "plain_letters_text_label"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_attention_sums_to_one_in_every_layer_and_over_parts_and_kinds(kind: str, template: str) -> None:
     model = MarkupModel(tiny_backbone(kind), template)
@@ -54,7 +54,7 @@ def test_parts_are_named_after_what_they_show() -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "t5", "bert"])
 def test_weights_are_what_transformers_tells_for_the_same_ids(kind: str) -> None:
-    model = MarkupModel(tiny_backbone(kind), "plain_seen_02")
+    model = MarkupModel(tiny_backbone(kind), "plain_letters_input_category")
     episode, backbone = an_episode(), model.backbone
     found = slot_attention(model, episode)
     prompt = model.markup.compose(episode)
@@ -137,18 +137,27 @@ def test_the_picture_shows_every_part_and_is_the_same_bytes_twice() -> None:
     figure = picture(found, "tiny")
     to_png(figure)
     texts = [text.get_text() for text in figure.findobj(Text) if isinstance(text, Text)]
-    for name in ("option A: lost card", "query: when do you open", "markup_letters", "plain_seen_01", "tags", "tokens"):
+    for name in (
+        "option A: lost card",
+        "query: when do you open",
+        "markup_letters",
+        "plain_letters_text_label",
+        "tags",
+        "tokens",
+    ):
         assert name in texts
     share = 100 * found[0].by_part[0, 1]
     assert (f"{share:.0f}" if share >= 0.5 else "<1") in texts
     told = caption(found)
-    assert "in markup_letters, mean over 2 layers" in told and "in plain_seen_01" in told and "option" in told
+    assert (
+        "in markup_letters, mean over 2 layers" in told and "in plain_letters_text_label" in told and "option" in told
+    )
 
 
 def both(backbone: Backbone) -> list[SlotAttention]:
     return [
         slot_attention(MarkupModel(backbone, template), an_episode())
-        for template in ("markup_letters", "plain_seen_01")
+        for template in ("markup_letters", "plain_letters_text_label")
     ]
 
 

@@ -35,7 +35,7 @@ def full_logits(backbone: Backbone, batch: Batch) -> torch.Tensor:
 
 
 def test_candidate_logits_are_those_of_the_whole_model(backbone: Backbone) -> None:
-    model = MarkupModel(backbone, "plain_seen_02")
+    model = MarkupModel(backbone, "plain_letters_input_category")
     batch = Batch.of_prompts(composed(model, ["when do you close", "is it cold outside today or not", "hello"]))
     with torch.no_grad():
         ours = backbone.candidate_logits(batch)
@@ -162,7 +162,7 @@ def test_architectures_that_scale_or_cap_their_logits_give_their_own(architectur
     tokenizer = byte_level_tokenizer(mask=False)
     network = transformers.AutoModelForCausalLM.from_config(ARCHITECTURES[architecture](len(tokenizer)))
     backbone = Backbone(network, tokenizer, "causal", max_length=120)
-    model = MarkupModel(backbone, "plain_heldout_05")
+    model = MarkupModel(backbone, "plain_letters_bare")
     batch = Batch.of_prompts(composed(model, ["when do you close"]))
     with torch.no_grad():
         assert torch.allclose(backbone.candidate_logits(batch), full_logits(backbone, batch), atol=1e-4)
@@ -178,7 +178,7 @@ def test_tied_and_untied_t5_heads_give_their_own_logits_and_are_never_changed(ti
     )  # fmt: skip
     backbone = Backbone(transformers.T5ForConditionalGeneration(config), tokenizer, "seq2seq", max_length=200)
     checksum = backbone.checksum()
-    model = MarkupModel(backbone, "plain_seen_02")
+    model = MarkupModel(backbone, "plain_letters_input_category")
     batch = Batch.of_prompts(composed(model, ["when do you close"]))
     with torch.no_grad():
         assert torch.allclose(backbone.candidate_logits(batch), full_logits(backbone, batch), atol=1e-4)

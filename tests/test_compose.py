@@ -208,7 +208,7 @@ def test_tags_of_other_backbones_or_answers_are_refused_by_name(files: Three) ->
         ({"only": ["<nowhere>"]}, "none of the tag files has <nowhere>"),
         ({"rename": {"<nowhere>": "<x>"}}, "none of the tag files has <nowhere>"),
         ({"rename": {"a": {"<say>": "<x>"}}}, "rename: a has no tag <say>"),
-        ({"template": "plain_seen_01"}, "has no tags"),
+        ({"template": "plain_letters_text_label"}, "has no tags"),
         ({"template": "markup_letters"}, "c: has none of the tags .* of the template"),
         ({"template": Template.parse(BOTH.replace("<demo>", "<new>"), "n")}, "a: has none of the tags <new>, <task>"),
         ({"revision": "main"}, "revision 'main' is given for 2 tag files"),

@@ -41,7 +41,7 @@ EXPERIMENT = """
 experiment: news
 tasks: [{path: huffpost41}]
 methods:
-  - {name: plain, templates: [plain_seen_01]}
+  - {name: plain, templates: [plain_letters_text_label]}
   - {name: tags, folders: [tags/0, tags/1]}
 settings: [{n_way: null, k_shot: 0}, {n_way: 5}]
 """

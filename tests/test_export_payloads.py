@@ -112,7 +112,7 @@ def test_what_the_engines_cannot_do_is_an_error(model: MarkupModel) -> None:
         vllm_embeds_request(named, named.markup.compose_each(_one())[0], "x")
     with pytest.raises(ExportError, match="no prompt"):
         sglang_score_request(model, [], "x")
-    plain = MarkupModel(model.backbone, "plain_heldout_01")
+    plain = MarkupModel(model.backbone, "plain_letters_multiple_choice")
     with pytest.raises(ExportError, match="no tags"):
         prompt_embeds(plain, plain.markup.compose_each(_one())[0])
 

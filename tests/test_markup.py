@@ -20,7 +20,7 @@ from icl_markup.errors import PromptError
 from icl_markup.markup import SHORTEST_DEMO, Markup
 from icl_markup.prompt import Prompt
 from icl_markup.tags import TagTable
-from icl_markup.template import Node, Template
+from icl_markup.template import Node, Template, shipped_templates
 from tests.conftest import KINDS, tiny_backbone
 from tests.test_text import BYTE_LEVEL, FAST, adversarial_episodes, adversarial_text
 
@@ -84,7 +84,7 @@ def test_tags_and_slots_are_what_the_template_says_whatever_the_texts_are(kind: 
 
 
 @pytest.mark.parametrize("kind", BYTE_LEVEL)
-@pytest.mark.parametrize("template", ["markup_letters", "plain_seen_06", "plain_heldout_05"])
+@pytest.mark.parametrize("template", ["markup_letters", "plain_letters_quoted_message", "plain_letters_bare"])
 @settings(FAST, max_examples=30)
 @given(episode=adversarial_episodes())
 def test_texts_and_names_come_through_whole(kind: str, template: str, episode: Episode) -> None:
@@ -95,7 +95,9 @@ def test_texts_and_names_come_through_whole(kind: str, template: str, episode: E
     assert [value.removeprefix(" ") for value in values] == [text.strip() for text in texts]
 
 
-@pytest.mark.parametrize("template", ["markup_letters", "plain_seen_01", "plain_seen_06", "plain_heldout_05"])
+@pytest.mark.parametrize(
+    "template", ["markup_letters", "plain_letters_text_label", "plain_letters_quoted_message", "plain_letters_bare"]
+)
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
 def test_each_query_of_a_masked_prompt_has_one_mask_at_its_slot(kind: str, template: str) -> None:
     markup = composer(kind, Template.load(template))
@@ -162,7 +164,14 @@ def test_a_prompt_is_composed_whole_where_nothing_need_give_way(kind: str, answe
 
 
 @pytest.mark.parametrize(
-    "template", ["markup_letters", "plain_seen_01", "plain_seen_02", "plain_seen_06", "plain_heldout_05"]
+    "template",
+    [
+        "markup_letters",
+        "plain_letters_text_label",
+        "plain_letters_input_category",
+        "plain_letters_quoted_message",
+        "plain_letters_bare",
+    ],
 )
 def test_a_causal_slot_is_the_position_before_the_answer(template: str) -> None:
     markup = composer("llama", Template.load(template))
@@ -216,6 +225,43 @@ def test_the_markup_in_words_is_the_prompt_that_is_assembled_by_hand() -> None:
     assert prompt.ids == (*markup.layout.prefix, *shown, *asked)
     assert (prompt.slots[-1].position, prompt.slots[-1].spaced) == (len(prompt.ids) - 1, True)
     assert markup.name_ids(NAMES[0]) == encode(f" {NAMES[0]}")
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "option", "query"),
+    [
+        ("request_kind", "Task: decide which kind of request this is. Kinds:", " {},", "\nRequest: {}\nKind:"),
+        ("text_label", "Classify each text. The possible labels are:", "\n- {}", "\n\nText: {}\nLabel:"),
+        (
+            "message_category",
+            "Choose the category that fits the message best.\nCategories:",
+            "\n{}",
+            "\nMessage: {}\nCategory:",
+        ),
+        ("input_output", "Options:", " {};", "\nInput: {}\nOutput:"),
+    ],
+)
+def test_a_prompt_in_plain_words_is_the_text_that_it_reads_as(name: str, head: str, option: str, query: str) -> None:
+    markup = composer("llama", Template.load(f"plain_words_{name}"), answers="names")
+    demos = [("I lost my card", NAMES[0]), ("are you open on Sunday", NAMES[1])]
+    text = head + "".join(map(option.format, NAMES))
+    text += "".join(f"{query.format(shown)} {label}" for shown, label in demos) + query.format("when do you open")
+    prompt = markup.compose(an_episode([shown for shown, _ in demos]))
+    whole = markup.encoder.tokenizer(text, add_special_tokens=False).input_ids
+    assert prompt.ids == (*markup.layout.prefix, *whole)
+    assert prompt.slots[-1].spaced
+
+
+@pytest.mark.parametrize("name", shipped_templates("plain_words"))
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_wording_in_words_shows_all_names_and_asks(kind: str, name: str) -> None:
+    markup = composer(kind, Template.load(name), answers="names")
+    prompt = markup.compose(an_episode())
+    both = {name: {markup.name_ids(name, spaced) for spaced in (True, False)} for name in NAMES}
+    *shown, _query = values_of(prompt)
+    options, labels = shown[:3], [ids for ids in shown[3:] if any(ids in forms for forms in both.values())]
+    assert all(ids in both[name] for ids, name in zip(options, NAMES, strict=True))
+    assert labels == [markup.name_ids(name, prompt.slots[-1].spaced) for name in NAMES]
 
 
 @pytest.mark.parametrize("kind", ["llama", "roberta", "t5"])
@@ -344,7 +390,7 @@ def test_a_prompt_that_is_too_long_gives_up_demonstrations_and_nothing_else(
         assert len(bare.ids) + sum(least[i] for i in kept) + lost > room, "one more would have fitted"
 
 
-@pytest.mark.parametrize("template", ["plain_seen_03", "plain_seen_06", "plain_heldout_05"])
+@pytest.mark.parametrize("template", ["plain_letters_arrow", "plain_letters_quoted_message", "plain_letters_bare"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_limit_holds_where_no_space_stands_before_a_text(kind: str, template: str) -> None:
     episode = an_episode(["日本語" * 8, "?!" * 20, "card " * 20])

@@ -58,7 +58,7 @@ def answers(model: MarkupModel) -> torch.Tensor:
 
 
 def plain(backbone: Backbone) -> torch.Tensor:
-    return answers(MarkupModel(backbone, "plain_seen_01"))
+    return answers(MarkupModel(backbone, "plain_letters_text_label"))
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -243,7 +243,7 @@ def test_the_command_prints_tables_or_json(workplace: Path, capsys: pytest.Captu
         (["--optimiser.stepz", "3"], "did you mean 'steps'"),
         (["--backbone.name", "nowhere/at-all"], "nowhere/at-all"),
         (["--backbone.kind", "masked"], "masked model"),
-        (["--template", "plain_seen_01"], "nothing to warm up"),
+        (["--template", "plain_letters_text_label"], "nothing to warm up"),
     ],
 )
 def test_errors_are_told_in_one_line(

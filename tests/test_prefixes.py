@@ -175,7 +175,7 @@ def test_a_changed_tag_row_or_weight_is_noticed(answers: str) -> None:
 
 
 def test_bytes_are_bounded_and_the_longest_unused_go_first() -> None:
-    model = MarkupModel(causal("llama"), "plain_seen_01")
+    model = MarkupModel(causal("llama"), "plain_letters_text_label")
     episodes = [asked(TEXTS, [(word, "weather")] * 3) for word in ("rain", "cold", "time")]
     model.scores(episodes[:1])
     size = model.prefixes.bytes

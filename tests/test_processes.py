@@ -92,8 +92,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ],
         "methods": [
             {"name": "majority"},
-            {"name": "plain", "templates": ["plain_heldout_01", "plain_heldout_02"]},
-            {"name": "plain", "calibration": "batch", "templates": ["plain_heldout_01"]},
+            {"name": "plain", "templates": ["plain_letters_multiple_choice", "plain_letters_input_category"]},
+            {"name": "plain", "calibration": "batch", "templates": ["plain_letters_multiple_choice"]},
             {"name": "tags", "warmup": "warmup.yaml", "settings": [0]},
             {"name": "tags", "label": "odd", "warmup": "warmup.yaml", "settings": [0],
              "overrides": {"optimiser.batches_per_step": 1}},

@@ -23,7 +23,7 @@ from tests.conftest import TEXTS, tiny_backbone
 
 @pytest.fixture(scope="module")
 def model() -> MarkupModel:
-    return MarkupModel(tiny_backbone("bert"), "plain_seen_01")
+    return MarkupModel(tiny_backbone("bert"), "plain_letters_text_label")
 
 
 def episode(labels: int = 3, open_world: bool = False) -> Episode:

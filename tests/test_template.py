@@ -165,21 +165,26 @@ def test_every_shipped_template_loads_and_parses_to_itself(name: str) -> None:
     template = Template.load(name)
     assert Template.parse(template.source, template.name) == template
     assert template.is_plain == name.startswith("plain_")
-    assert template.shows_symbols == (name not in ("markup_words", "markup_long"))
+    assert template.shows_symbols == ("letters" in name)
     assert Node("field", "label") in template.query
 
 
-def test_held_out_wordings_are_none_of_the_seen_ones() -> None:
-    seen, heldout = shipped_templates("plain_seen"), shipped_templates("plain_heldout")
-    assert len(seen) >= 8
-    assert len(heldout) >= 6
+def test_the_wordings_in_plain_words_all_differ() -> None:
+    words, letters = shipped_templates("plain_words"), shipped_templates("plain_letters")
+    assert (len(words), len(letters)) == (12, 6)
+    assert sorted(words + letters) == shipped_templates("plain")
 
     def body(name: str) -> tuple[tuple[str, ...], ...]:
         t = Template.load(name)
         return tuple(tuple(" ".join(parts(s)).lower().split()) for s in (t.head, t.option, t.demo, t.query, t.tail))
 
-    assert len({body(name) for name in seen + heldout}) == len(seen) + len(heldout)
-    assert not {body(name)[2] for name in seen} & {body(name)[2] for name in heldout}, "a held-out demo was seen"
+    for names in (words, letters):
+        bodies = [body(name) for name in names]
+        assert len({(head, option) for head, option, *_ in bodies}) == len(names)
+        assert len({demo for _, _, demo, *_ in bodies}) == len(names), "two wordings have one demonstration"
+    for name in words + letters:
+        template = Template.load(name)
+        assert template.query == template.demo, "a query is written like a demonstration"
 
 
 @pytest.mark.parametrize("source", [GOOD, Template.load("markup_letters").source])
@@ -209,7 +214,8 @@ def test_with_width_leaves_text_under_a_tag_line_alone() -> None:
 
 def test_an_unknown_name_suggests_the_nearest_and_lists_what_ships() -> None:
     with pytest.raises(
-        TemplateError, match=r"no template 'markup_leters'; did you mean 'markup_letters'.*plain_seen_01.*\.tmpl"
+        TemplateError,
+        match=r"no template 'markup_leters'; did you mean 'markup_letters'.*plain_letters_text_label.*\.tmpl",
     ):
         Template.load("markup_leters")
 
