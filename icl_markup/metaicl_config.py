@@ -72,7 +72,7 @@ class MetaIclConfig:
     answers: AnswersChoice = "auto"
     """Read option symbols at the slot, or score whole label names; auto: what the template shows."""
 
-    length_normalised: bool = True
+    length_normalised: bool = False
     """With names: score by the mean log-probability of a name's tokens instead of the sum."""
 
     chat: ChatConfig = field(default_factory=ChatConfig)

@@ -90,7 +90,7 @@ class MarkupModel:
         vectors: dict[str, Tensor] | None = None,
         *,
         answers: AnswersChoice = "auto",
-        length_normalised: bool = True,
+        length_normalised: bool = False,
         initialisation: Initialisation = "description",
         seed: int = 0,
         chat: ChatConfig | ChatFrame | None = None,

@@ -70,11 +70,14 @@ class ValidationConfig:
     k_shot: int = 1
     """Demonstrations a label."""
 
+    queries: int = 1
+    """Queries an episode; those of one episode share the work for its context."""
+
     patience: int | None = None
     """Stop after so many validations without a better one; null: never."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "every", "episodes", "n_way")
+        require_positive(self, "every", "episodes", "n_way", "queries")
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,7 @@ class WarmupConfig:
     shows, or what suits the backbone (names in causal models of fewer than 3 billion weights and in
     sequence-to-sequence models, else symbols)."""
 
-    length_normalised: bool = True
+    length_normalised: bool = False
     """With names: score by the mean log-probability of a name's tokens instead of the sum."""
 
     chat: ChatConfig = field(default_factory=ChatConfig)
