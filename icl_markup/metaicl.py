@@ -25,7 +25,7 @@ from icl_markup.backbone import Backbone
 from icl_markup.chat import NO_CHAT
 from icl_markup.checkpoint import Progress, drop_checkpoint, has_checkpoint, load_checkpoint, save_checkpoint
 from icl_markup.config import to_dict
-from icl_markup.episodes import Episode, EpisodeConfig, EpisodeSampler
+from icl_markup.episodes import Episode, EpisodeSampler
 from icl_markup.errors import WarmupError
 from icl_markup.evaluation import answer_queries
 from icl_markup.files import append_line
@@ -287,8 +287,7 @@ class _Run:
     def _validation_episodes(self, task: Task) -> list[Episode]:
         """Draw the episodes that a warm-up of tags with this seed validates on."""
         plan = self.config.validation
-        settings = EpisodeConfig(n_way=(plan.n_way, plan.n_way), k_shot=(plan.k_shot, plan.k_shot))
-        sampler = EpisodeSampler([task], settings, seed=self.config.seed)
+        sampler = EpisodeSampler([task], plan.episode_config, seed=self.config.seed)
         return [sampler.episode(0, i) for i in range(plan.episodes)]
 
     def _validate(self) -> None:

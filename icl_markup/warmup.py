@@ -285,10 +285,9 @@ class _Warmup:
         if not self.validation_tasks:
             return
         plan, state = self.config.validation, self.progress
-        settings = EpisodeConfig(n_way=(plan.n_way, plan.n_way), k_shot=(plan.k_shot, plan.k_shot))
         accuracy, loss = [], []
         for task in self.validation_tasks:
-            sampler = EpisodeSampler([task], settings, seed=self.config.seed)
+            sampler = EpisodeSampler([task], plan.episode_config, seed=self.config.seed)
             drawn = [sampler.episode(0, i) for i in range(plan.episodes)]
             answers = answer_together(self.model, drawn, self.config.optimiser.batch_tokens)
             accuracy.append(float(answers.correct.mean()))

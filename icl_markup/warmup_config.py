@@ -79,6 +79,12 @@ class ValidationConfig:
     def __post_init__(self) -> None:
         require_positive(self, "every", "episodes", "n_way", "queries")
 
+    @property
+    def episode_config(self) -> EpisodeConfig:
+        """How the episodes of a validation are drawn."""
+        ways, shots, queries = self.n_way, self.k_shot, self.queries
+        return EpisodeConfig(n_way=(ways, ways), k_shot=(shots, shots), queries=(queries, queries))
+
 
 @dataclass(frozen=True)
 class WarmupConfig:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.optimize import nnls
 
-from icl_markup.episodes import EpisodeConfig, EpisodeSampler
+from icl_markup.episodes import EpisodeSampler
 from icl_markup.markup import Markup
 from icl_markup.model import MarkupModel
 from icl_markup.stream import Item, PromptStream
@@ -154,9 +154,8 @@ def _size(markup: Markup, batch: Sequence[Item], padded: Callable[[int], int]) -
 
 def _validation(config: WarmupConfig, model: MarkupModel, tasks: Sequence[Task]) -> Iterator[Size]:
     plan = config.validation
-    settings = EpisodeConfig(n_way=(plan.n_way, plan.n_way), k_shot=(plan.k_shot, plan.k_shot))
     for task in tasks:
-        sampler = EpisodeSampler([task], settings, seed=config.seed)
+        sampler = EpisodeSampler([task], plan.episode_config, seed=config.seed)
         for episode in (sampler.episode(0, i) for i in range(plan.episodes)):
             for prompt in model.markup.compose_each(episode):
                 yield Size(1, model.tokens_of([prompt], episode))
