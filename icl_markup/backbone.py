@@ -99,7 +99,7 @@ class Backbone:
         check_head(self)
 
     @classmethod
-    def load(cls, config: BackboneConfig | str = "embedded") -> Backbone:
+    def load(cls, config: BackboneConfig | str = "smollm2") -> Backbone:
         """Load any folder or hub name that transformers loads; weights are read from safetensors only.
 
         Raises:

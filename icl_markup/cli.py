@@ -150,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add_export_commands(commands, _add_episode)
 
-    quickstart = commands.add_parser("quickstart", help="warm up and measure on the embedded default")
+    quickstart = commands.add_parser("quickstart", help="warm up and measure on sample tasks")
     _add_quickstart(quickstart)
     quickstart.set_defaults(run=_quickstart)
     return parser
@@ -158,7 +158,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     _add_tags(parser, "a tag folder or hub name (user/tags); brings its backbone and template along")
-    parser.add_argument("--backbone", help="a transformers folder or hub name (default: the tags', or embedded)")
+    parser.add_argument("--backbone", help="a transformers folder or hub name (default: the tags', or smollm2)")
     parser.add_argument("--template", help="a template's name or path (default: the tags', or markup)")
     parser.add_argument("--answers", choices=["symbols", "names"], default="symbols",
                         help="read option symbols, or score whole names (beyond 26 labels anyway)")  # fmt: skip
@@ -182,7 +182,7 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("examples", help="a .jsonl, .csv, .tsv or .parquet file, or a task folder: texts and labels")
     parser.add_argument("--out", required=True, help="the folder to write; an existing classifier is replaced")
     _add_tags(parser, "a folder of warmed-up tags, or their hub name (default: untrained ones)")
-    parser.add_argument("--backbone", help="a transformers folder or hub name (default: the tags', or embedded)")
+    parser.add_argument("--backbone", help="a transformers folder or hub name (default: the tags', or smollm2)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps …")
     _add_chat(parser)
     add_quantisation(parser)

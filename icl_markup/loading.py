@@ -11,7 +11,6 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from icl_markup.embedded import resolve
 from icl_markup.errors import BackboneError
 from icl_markup.layout import Kind
 from icl_markup.quantisation import Quantisation, loading_options, recorded, settle
@@ -32,8 +31,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class BackboneConfig:
     """Which language model, and how it runs."""
 
-    name: str = "embedded"
-    """A transformers folder or hub name, or ``embedded`` for the encoder inside this package."""
+    name: str = "smollm2"
+    """A transformers folder or hub name, or ``smollm2`` for SmolLM2-135M-Instruct."""
 
     revision: str | None = None
     """A hub model's revision (commit, tag or branch)."""
@@ -117,7 +116,7 @@ def load_pretrained(config: BackboneConfig) -> Loaded:
     wanted = {} if plan.attention is None else {"attn_implementation": plan.attention}
     try:
         model, report = AUTO_CLASSES[kind].from_pretrained(
-            resolve(config.name),
+            config.name,
             dtype=plan.dtype,
             **wanted,
             **quantised,
@@ -153,10 +152,9 @@ def read_source(config: BackboneConfig) -> Source:
     Raises:
         BackboneError: one of them is not there or cannot be used, or the kind of model cannot be told.
     """
-    path = resolve(config.name)
     try:
-        settings = transformers.AutoConfig.from_pretrained(path, **_hub(config))
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, use_fast=True, **_hub(config))
+        settings = transformers.AutoConfig.from_pretrained(config.name, **_hub(config))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(config.name, use_fast=True, **_hub(config))
     except (OSError, ValueError, KeyError) as error:
         raise BackboneError(f"backbone {config.name!r}: transformers cannot load it: {_first_line(error)}") from error
     kind: Kind = _kind(settings) if config.kind == "auto" else config.kind

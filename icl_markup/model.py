@@ -107,7 +107,7 @@ class MarkupModel:
 
     @classmethod
     def untrained(
-        cls, backbone: str | BackboneConfig = "embedded", template: str | Path = "markup", **options: Any
+        cls, backbone: str | BackboneConfig = "smollm2", template: str | Path = "markup", **options: Any
     ) -> MarkupModel:
         """Load a backbone by folder, hub name or configuration, with fresh tags of `template`.
 

@@ -27,7 +27,7 @@ def load_for(args: argparse.Namespace) -> MarkupModel:
     if not args.tags:
         if args.revision:
             raise PromptError("--revision is that of --tags; give --tags, or leave it away")
-        backbone = Backbone.load(_config(args, "embedded"))
+        backbone = Backbone.load(_config(args, BackboneConfig.name))
         return MarkupModel(backbone, args.template or "markup", answers=args.answers, chat=chat_of(args))
     if args.answers != "symbols":
         raise PromptError("--tags brings along how it is answered; leave --answers away")

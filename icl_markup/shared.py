@@ -39,7 +39,7 @@ def load_shared(
 
     Args:
         tags: a tag folder, a hub name, or a list of them; or None.
-        config: the backbone, its device and quantisation; an empty name, or None: the tags' own, or the embedded one.
+        config: the backbone, its device and quantisation; an empty name, or None: the tags' own, or the default one.
         template: the template; None: that of the tags, or ``markup``.
         seed: the seed of untrained tags.
         chat: the chat of untrained tags; others bring their own along.
@@ -48,7 +48,11 @@ def load_shared(
         TagFileError, BackboneError, TemplateError: something cannot be loaded.
     """
     with _lock:
-        wanted = config if config is not None and config.name else replace(config or BackboneConfig(), name="embedded")
+        wanted = (
+            config
+            if config is not None and config.name
+            else replace(config or BackboneConfig(), name=BackboneConfig.name)
+        )
         found = None if tags is None else composed(tags, template=template)
         if found is not None:
             if config is None or not config.name:
