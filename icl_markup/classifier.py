@@ -60,7 +60,7 @@ class MarkupClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         tags: warmed-up tags, which name their backbone: a folder, or a name on the hub (``user/tags``, or
             ``user/tags@revision``, where a commit pins them); a list of them, whose tags are used together; a
             `MarkupModel`; or None for the backbone with untrained tags of `template`.
-        backbone: a transformers folder or hub name; None: the tags' own, or the one embedded in the package.
+        backbone: a transformers folder or hub name; None: the tags' own, or SmolLM2.
         template: the template; None: that of the tags, or the default markup if there are none.
         chat: the model's chat template around prompts, where no tags are given; tags bring theirs along.
         descriptions: longer descriptions of labels, by label; used by templates with ``{description}``.

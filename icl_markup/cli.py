@@ -162,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add_models(commands)
 
-    quickstart = commands.add_parser("quickstart", help="warm up and measure on the embedded default")
+    quickstart = commands.add_parser("quickstart", help="warm up and measure on sample tasks")
     _add_quickstart(quickstart)
     quickstart.set_defaults(run=_quickstart)
     return parser

@@ -34,7 +34,7 @@ class BackboneConfig:
 
     name: str = DEFAULT
     """A model that ``icl-markup models`` lists, a transformers folder, a GGUF file (a path, or user/repo/file.gguf on
-    the hub), or a hub name; ``embedded`` is the encoder inside this package."""
+    the hub), or a hub name."""
 
     revision: str | None = None
     """A hub model's revision (commit, tag or branch)."""
@@ -157,8 +157,8 @@ def read_source(config: BackboneConfig) -> Source:
     """
     path = resolve(config.name, config.revision)
     try:
-        settings = transformers.AutoConfig.from_pretrained(path, **_hub(config))
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, use_fast=True, **_hub(config))
+        settings = transformers.AutoConfig.from_pretrained(config.name, **_hub(config))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(config.name, use_fast=True, **_hub(config))
     except (OSError, ValueError, KeyError) as error:
         raise BackboneError(
             f"backbone {config.name!r}: transformers cannot load it: {_first_line(error)}{remedy(config.name)}"

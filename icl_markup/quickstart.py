@@ -1,4 +1,4 @@
-"""The quickstart: tags warmed up on the embedded sample tasks, measured on sample tasks that they never saw."""
+"""The quickstart: tags warmed up on sample tasks, measured on sample tasks that they never saw."""
 
 from __future__ import annotations
 

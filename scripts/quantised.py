@@ -1,4 +1,4 @@
-"""Tags across quantised forms of the embedded backbone: accuracy, agreement of answers, and bytes of weights.
+"""Tags across quantised forms of SmolLM2: accuracy, agreement of answers, and bytes of weights.
 
     python scripts/quantised.py results/bench/quantised.jsonl
 
@@ -43,8 +43,8 @@ N_WAY, K_SHOT = 5, 1
 
 
 def load(form: Any) -> Backbone:
-    """Load the embedded backbone in one form, on the CPU in fp32."""
-    return Backbone.load(BackboneConfig(device="cpu", dtype="fp32", precision="none", quantisation=form))
+    """Load SmolLM2 in one form, on the CPU in fp32."""
+    return Backbone.load(BackboneConfig("smollm2", device="cpu", dtype="fp32", precision="none", quantisation=form))
 
 
 def warm_up(backbone: Backbone, steps: int, seed: int, folder: Path) -> tuple[MarkupModel, float]:
@@ -119,7 +119,7 @@ def main() -> None:
                 result_row(
                     experiment="quantised",
                     task=f"{len(tasks)} unseen sample tasks",
-                    backbone="embedded",
+                    backbone="smollm2",
                     method="tags" if source else "tags_untrained",
                     estimate=estimate(given == right),
                     template="markup_letters",
