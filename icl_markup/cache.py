@@ -97,5 +97,6 @@ def _flush(folder: Path) -> None:
     """Have the system write a folder's files to the disk before the folder takes its place."""
     for path in folder.rglob("*"):
         if path.is_file():
+            path.chmod(0o644)  # as other files are; some writers keep theirs to themselves
             with path.open("rb") as file:
                 os.fsync(file.fileno())

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from icl_markup.cache import cache_folder, checksum_of, made_once
 from icl_markup.errors import BackboneError
-from icl_markup.gguf_tokenizers import byte_level_tokenizer, corrected_tokenizer
+from icl_markup.gguf_tokenizers import byte_level_tokenizer, corrected_tokenizer, gemma_tokenizer
 from icl_markup.hub import HUB_ERRORS, LIBRARY, explain, is_hub_name
 
 SUFFIX = ".gguf"
@@ -37,8 +37,8 @@ ORIGIN = "gguf"
 INSTALL = 'pip install "gguf>=0.17"'
 
 _MAGIC = b"GGUF"
-_WHOLE = ("F32", "F16", "BF16", "F64")
-"""Types that are not quantized."""
+_WHOLE = ("F32", "BF16", "F64")
+"""Types that hold what models are trained in exactly."""
 
 _EMBEDDING = "token_embd.weight"
 
@@ -65,7 +65,7 @@ class GgufFile:
         return str(self.fields.get("general.architecture", ""))
 
     def coarsest(self, *, embedding: bool) -> str:
-        """Return the type of fewest bits of the embedding, or of all other tensors; empty if none is quantized."""
+        """Return the type of fewest bits of the embedding, or of all other tensors; empty if none is rounded."""
         types = {kind for name, kind in self.types.items() if (name == _EMBEDDING) == embedding and kind not in _WHOLE}
         return min(types, key=lambda kind: (self.bits[kind], kind)).lower() if types else ""
 
@@ -114,6 +114,14 @@ def dequantized(path: Path | Callable[[], Path], checksum: str, name: str) -> Pa
 def folder_of(checksum: str) -> Path:
     """Return where the cache has, or would have, the transformers folder of a file of that SHA-256."""
     return cache_folder() / "gguf" / f"{checksum}-{FORMAT}"
+
+
+def dequantized_types(settings: transformers.PretrainedConfig) -> tuple[str, str]:
+    """Return the coarsest types that a model's linear layers and its embedding were dequantized from; empty: none."""
+    made_of = getattr(settings, ORIGIN, None)
+    if not isinstance(made_of, dict):
+        return "", ""
+    return str(made_of.get("linear", "")), str(made_of.get("embedding", ""))
 
 
 def read_gguf(path: Path, name: str) -> GgufFile:
@@ -212,6 +220,8 @@ def _tokenizer(file: GgufFile, name: str) -> PreTrainedTokenizerBase:
         )
     if kind == "gpt2":
         return byte_level_tokenizer(file.fields, name)
+    if kind == "llama" and file.architecture in ("gemma", "gemma2", "gemma3"):
+        return gemma_tokenizer(file.fields, name)
     if kind not in ("llama", "t5", "gemma4"):
         raise BackboneError(
             f"{name}: its tokenizer, {kind!r} (tokenizer.ggml.model), is not known here; take the transformers folder "
@@ -229,7 +239,9 @@ def _model(file: GgufFile, name: str) -> transformers.PreTrainedModel:
     with _explained(file, name):
         settings = transformers.AutoConfig.from_pretrained(**place)
         auto = transformers.AutoModelForSeq2SeqLM if settings.is_encoder_decoder else transformers.AutoModelForCausalLM
-        model, report = auto.from_pretrained(**place, **more, dtype=torch.float32, output_loading_info=True)
+        model, report = auto.from_pretrained(
+            **place, **more, config=settings, dtype=torch.float32, output_loading_info=True
+        )
     missing = sorted(report["missing_keys"])
     if missing:
         raise BackboneError(

@@ -153,13 +153,59 @@ def byte_level_tokenizer(fields: Mapping[str, Any], name: str) -> PreTrainedToke
     return _wrapped(spec, fields, tokens, name)
 
 
+def gemma_tokenizer(fields: Mapping[str, Any], name: str) -> PreTrainedTokenizerFast:
+    """Build the tokenizer of a Gemma 1, 2 or 3: SentencePiece's BPE with ``▁`` for spaces, and none before a text.
+
+    Args:
+        fields: the file's metadata.
+        name: the file, for errors.
+
+    Raises:
+        BackboneError: the file lacks the vocabulary or its scores.
+    """
+    tokens, types = _vocabulary(fields, name)
+    bos, unknown = fields.get("tokenizer.ggml.bos_token_id"), fields.get("tokenizer.ggml.unknown_token_id")
+    begins = bool(fields.get("tokenizer.ggml.add_bos_token", True))
+    spec: dict[str, Any] = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+        "pre_tokenizer": {
+            "type": "Split",
+            "pattern": {"String": " "},
+            "behavior": "MergedWithPrevious",
+            "invert": False,
+        },
+        "post_processor": _begins_with(tokens[bos], bos) if begins and isinstance(bos, int) else None,
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+            ],
+        },
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": tokens[unknown] if isinstance(unknown, int) else None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "ignore_merges": False,
+            "vocab": {token.replace(" ", "▁"): index for index, token in enumerate(tokens)},
+        },
+    }
+    return _with_pieces(spec, fields, tokens, types, name)
+
+
 def corrected_tokenizer(
     built: PreTrainedTokenizerBase, fields: Mapping[str, Any], name: str
 ) -> PreTrainedTokenizerFast:
     """Return a tokenizer that transformers built of a file, with the added tokens and merges of the original one.
-
-    A SentencePiece vocabulary brings no merges; they follow from the tokens' scores. Those of tokens that users added
-    are lost in the file: they were 0, the highest. Such tokens are stored with spaces in place of ``▁``.
 
     Args:
         built: what transformers made of the file.
@@ -167,19 +213,35 @@ def corrected_tokenizer(
         name: the file, for errors.
 
     Raises:
-        BackboneError: the tokenizer has no backend that can be corrected.
+        BackboneError: the vocabulary is damaged.
     """
     tokens, types = _vocabulary(fields, name)
     spec = json.loads(built.backend_tokenizer.to_str())
     if fields.get("tokenizer.ggml.model") == "llama":
-        vocabulary = spec["model"]["vocab"]
-        tokens = [_spelled(token, index, vocabulary) for index, token in enumerate(tokens)]
-        scores = fields.get("tokenizer.ggml.scores")
-        if "tokenizer.ggml.merges" not in fields and isinstance(scores, Sequence) and len(scores) == len(tokens):
-            weights = [0.0 if kind == USER_DEFINED else score for kind, score in zip(types, scores, strict=True)]
-            spec["model"]["merges"] = merges_of(tokens, weights)
-        spec["added_tokens"] = _added(tokens, types)
+        return _with_pieces(spec, fields, tokens, types, name)
     return _wrapped(spec, fields, tokens, name)
+
+
+def _with_pieces(
+    spec: dict[str, Any], fields: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int], name: str
+) -> PreTrainedTokenizerFast:
+    """Return the tokenizer of a SentencePiece vocabulary, whose merges follow from its scores.
+
+    The scores of tokens that users added are lost in the file: they were 0, the highest. Such tokens are stored with
+    spaces in place of ``▁``.
+    """
+    vocabulary = spec["model"]["vocab"]
+    pieces = [_spelled(token, index, vocabulary) for index, token in enumerate(tokens)]
+    if "tokenizer.ggml.merges" in fields:
+        spec["model"]["merges"] = [merge.split(" ", 1) for merge in fields["tokenizer.ggml.merges"]]
+    else:
+        scores = fields.get("tokenizer.ggml.scores")
+        if not isinstance(scores, Sequence) or len(scores) != len(tokens):
+            raise BackboneError(f"{name}: has no score for each token (tokenizer.ggml.scores): {_CONVERT}")
+        weights = [0.0 if kind == USER_DEFINED else score for kind, score in zip(types, scores, strict=True)]
+        spec["model"]["merges"] = merges_of(pieces, weights)
+    spec["added_tokens"] = _added(pieces, types)
+    return _wrapped(spec, fields, pieces, name)
 
 
 def merges_of(tokens: Sequence[str], scores: Sequence[float]) -> list[tuple[str, str]]:

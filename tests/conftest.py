@@ -8,6 +8,8 @@ from __future__ import annotations
 import copy
 import importlib.util
 import os
+import shutil
+import tempfile
 from functools import cache
 from pathlib import Path
 
@@ -24,6 +26,8 @@ from icl_markup.tasks import Example, Task, checked_task
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers have it from the process that started them
+    os.environ["ICL_MARKUP_CACHE"] = tempfile.mkdtemp(prefix="icl-markup-cache-")
 torch.set_num_threads(1)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -38,6 +42,12 @@ TEXTS = {
 CORPUS = [f"{label}: {text}" for label, texts in TEXTS.items() for text in texts] + [
     f" {letter} {letter}: {letter.lower()}" for letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" for _ in range(8)
 ]
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Remove the session's cache, which may hold the weights of a real model."""
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ["ICL_MARKUP_CACHE"], ignore_errors=True)
 
 
 @cache
