@@ -224,7 +224,7 @@ def _add_episode(parser: argparse.ArgumentParser) -> None:
 
 def _add_quickstart(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", default="runs/quickstart", help="the folder for the run")
-    parser.add_argument("--episodes", type=int, default=80, help="episodes an unseen task")
+    parser.add_argument("--episodes", type=int, default=4, help="episodes of five texts per unseen task")
     parser.add_argument("--steps", type=int, help="warm-up steps, instead of the default's")
     parser.add_argument("--rows", help="a JSONL file to append the rows of the table to")
 
