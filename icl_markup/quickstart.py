@@ -60,8 +60,8 @@ def run_quickstart(
     began = time.monotonic()
     config = _config(folder, overrides)
     console.print(
-        f"Warming up tags for [bold]{escape(config.backbone.name)}[/] on {len(config.tasks)} sample tasks; the language "
-        "model stays frozen."
+        f"Warming up tags for [bold]{escape(config.backbone.name)}[/] on {len(config.tasks)} sample tasks; the "
+        "language model stays frozen."
     )
     for name in config.start_from:
         console.print(
