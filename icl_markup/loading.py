@@ -157,8 +157,8 @@ def read_source(config: BackboneConfig) -> Source:
     """
     path = resolve(config.name, config.revision)
     try:
-        settings = transformers.AutoConfig.from_pretrained(config.name, **_hub(config))
-        tokenizer = transformers.AutoTokenizer.from_pretrained(config.name, use_fast=True, **_hub(config))
+        settings = transformers.AutoConfig.from_pretrained(path, **_hub(config))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, use_fast=True, **_hub(config))
     except (OSError, ValueError, KeyError) as error:
         raise BackboneError(
             f"backbone {config.name!r}: transformers cannot load it: {_first_line(error)}{remedy(config.name)}"
