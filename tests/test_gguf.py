@@ -212,9 +212,7 @@ def test_what_a_file_lacks_is_one_clear_error(case: str, cache: Path, content: W
 
 
 @pytest.mark.parametrize("keep", [0, 3, 20, 4000, 60_000])
-def test_a_file_that_is_not_whole_is_one_clear_error(
-    keep: int, cache: Path, content: Written, tmp_path: Path
-) -> None:
+def test_a_file_that_is_not_whole_is_one_clear_error(keep: int, cache: Path, content: Written, tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "m.gguf", content)
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(BackboneError, match=r"m\.gguf: (damaged, or not whole|is not a GGUF file)"):
