@@ -184,6 +184,7 @@ def helps() -> str:
             "export",
             "import-peft",
             "payload",
+            "models",
         ):
             with contextlib.suppress(SystemExit):
                 main([command, "--help"])
