@@ -76,6 +76,14 @@ def is_gguf(name: str) -> bool:
     return name.lower().endswith(SUFFIX)
 
 
+def on_hub(name: str) -> tuple[str, str] | None:
+    """Return the repository and the path in it that a GGUF file's name has on the hub; None if it has no such form."""
+    owner, _, rest = name.partition("/")
+    repository, _, file = rest.partition("/")
+    hub_name = f"{owner}/{repository}"
+    return (hub_name, file) if is_gguf(name) and file and is_hub_name(hub_name) else None
+
+
 def transformers_folder(name: str, revision: str | None = None) -> Path:
     """Return the transformers folder that a GGUF file makes; it is made if the cache does not have it.
 
@@ -152,13 +160,12 @@ def _located(name: str, revision: str | None) -> Path:
     path = Path(name).expanduser()
     if path.is_file():
         return path
-    owner, _, rest = name.partition("/")
-    repository, _, file = rest.partition("/")
-    hub_name = f"{owner}/{repository}"
-    if not file or not is_hub_name(hub_name):
+    named = on_hub(name)
+    if named is None:
         raise BackboneError(
             f"{name}: no such file; name a GGUF file by its path, or on the hub as user/repo/file{SUFFIX}"
         )
+    hub_name, file = named
     try:
         return Path(hf_hub_download(hub_name, file, revision=revision, library_name=LIBRARY))
     except HUB_ERRORS as error:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 
 from icl_markup import models
 from icl_markup.backbone import Backbone, BackboneConfig
@@ -159,6 +160,20 @@ def test_the_makefile_installs_the_packages_that_are_looked_for() -> None:
     assert asked == [package.requirement for model in MODELS.values() for package in model.packages]
     pinned = (ROOT / "constraints.txt").read_text().splitlines()
     assert {package.requirement for package in MODELS[DEFAULT].packages} <= set(pinned)
+
+
+@pytest.mark.parametrize(("name", "revision", "base"), [
+    (DEFAULT, None, "HuggingFaceTB/SmolLM2-135M-Instruct"),
+    ("user/tiny/sub/m.gguf", "0123abc", "user/tiny"),
+    ("user/tiny", "0123abc", "user/tiny"),
+    ("models/tiny/m.gguf", None, None),
+])  # fmt: skip
+def test_a_card_names_the_model_on_the_hub(
+    name: str, revision: str | None, base: str | None, bert: Backbone, tmp_path: Path
+) -> None:
+    bert.name, bert.revision = name, revision
+    folder = MarkupModel(bert, "markup").save(tmp_path / "tags")
+    assert ModelCard.load(folder / "README.md").data.base_model == base
 
 
 def test_packages_of_a_model_are_distinct_and_have_checksums() -> None:
