@@ -14,8 +14,10 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from icl_markup.ancestry import Ancestry, Parent
+from icl_markup.gguf import on_hub
 from icl_markup.hub import LIBRARY
 from icl_markup.markdown import code, escape, one_line, table
+from icl_markup.models import MODELS
 from icl_markup.report_rows import Row, parse_row
 
 PLACE = '"path/to/this/folder"'
@@ -100,6 +102,16 @@ def backbone_name(name: str) -> str:
     return name
 
 
+def _on_hub(name: str, revision: str | None) -> str | None:
+    """Return a backbone's name on the hub; None if it has none that is known."""
+    if name in MODELS:
+        return MODELS[name].hub
+    if not revision:  # which is known of those that came from the hub
+        return None
+    file = on_hub(name)
+    return name if file is None else file[0]
+
+
 def _front_matter(details: Mapping[str, Any], measured: Sequence[Row]) -> str:
     backbone = details["backbone"]
     results = [
@@ -117,8 +129,7 @@ def _front_matter(details: Mapping[str, Any], measured: Sequence[Row]) -> str:
     data = ModelCardData(
         library_name=LIBRARY,
         license=_license(details),
-        # A revision is known of backbones that came from the hub; others have no name there.
-        base_model=str(backbone["name"]) if backbone["revision"] else None,
+        base_model=_on_hub(str(backbone["name"]), backbone["revision"]),
         pipeline_tag="text-classification",
         tags=[LIBRARY, "soft-prompt", "in-context-learning", "few-shot-classification", str(backbone["kind"])],
         eval_results=results or None,

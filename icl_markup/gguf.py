@@ -8,6 +8,7 @@ what it was made of. transformers reads the weights; the tokenizer is built here
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -73,6 +74,14 @@ class GgufFile:
 def is_gguf(name: str) -> bool:
     """Return whether a backbone's name is that of a GGUF file."""
     return name.lower().endswith(SUFFIX)
+
+
+def on_hub(name: str) -> tuple[str, str] | None:
+    """Return the repository and the path in it that a GGUF file's name has on the hub; None if it has no such form."""
+    owner, _, rest = name.partition("/")
+    repository, _, file = rest.partition("/")
+    hub_name = f"{owner}/{repository}"
+    return (hub_name, file) if is_gguf(name) and file and is_hub_name(hub_name) else None
 
 
 def transformers_folder(name: str, revision: str | None = None) -> Path:
@@ -151,13 +160,12 @@ def _located(name: str, revision: str | None) -> Path:
     path = Path(name).expanduser()
     if path.is_file():
         return path
-    owner, _, rest = name.partition("/")
-    repository, _, file = rest.partition("/")
-    hub_name = f"{owner}/{repository}"
-    if not file or not is_hub_name(hub_name):
+    named = on_hub(name)
+    if named is None:
         raise BackboneError(
             f"{name}: no such file; name a GGUF file by its path, or on the hub as user/repo/file{SUFFIX}"
         )
+    hub_name, file = named
     try:
         return Path(hf_hub_download(hub_name, file, revision=revision, library_name=LIBRARY))
     except HUB_ERRORS as error:
@@ -167,11 +175,12 @@ def _located(name: str, revision: str | None) -> Path:
 
 def _convert(path: Path | Callable[[], Path], checksum: str, name: str, part: Path) -> None:
     """Write a file as a transformers folder into `part`."""
-    file = read_gguf(path if isinstance(path, Path) else path(), name)
-    _check(file, name)
-    print(f"icl-markup: dequantizing {name}; this is done once, and kept in {cache_folder()}", file=sys.stderr)
-    tokenizer = _tokenizer(file, name)
-    model = _model(file, name)
+    with _alone(path if isinstance(path, Path) else path()) as link:
+        file = read_gguf(link, name)
+        _check(file, name)
+        print(f"icl-markup: dequantizing {name}; this is done once, and kept in {cache_folder()}", file=sys.stderr)
+        tokenizer = _tokenizer(file, name)
+        model = _model(file, name)
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise BackboneError(f"{name}: damaged: {len(tokenizer)} tokens, but an embedding of {rows} rows")
@@ -186,6 +195,15 @@ def _convert(path: Path | Callable[[], Path], checksum: str, name: str, part: Pa
     vars(model.config).pop("_model_name_or_path", None)  # the model's title, which transformers takes for a name
     model.save_pretrained(part)
     tokenizer.save_pretrained(part)
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[Path]:
+    """Yield a link to a file in a folder of its own: transformers also reads what lies beside a file, code included."""
+    with tempfile.TemporaryDirectory(prefix="icl-markup-gguf-") as folder:
+        link = Path(folder) / f"model{SUFFIX}"
+        link.symlink_to(path.resolve())
+        yield link
 
 
 def _check(file: GgufFile, name: str) -> None:
@@ -228,12 +246,18 @@ def _tokenizer(file: GgufFile, name: str) -> PreTrainedTokenizerBase:
             "that it was converted from"
         )
     with _explained(file, name):
-        built = transformers.AutoTokenizer.from_pretrained(file.path.parent, gguf_file=file.path.name)
+        built = transformers.AutoTokenizer.from_pretrained(
+            file.path.parent, gguf_file=file.path.name, trust_remote_code=False
+        )
     return corrected_tokenizer(built, file.fields, name)
 
 
 def _model(file: GgufFile, name: str) -> transformers.PreTrainedModel:
-    place = {"pretrained_model_name_or_path": file.path.parent, "gguf_file": file.path.name}
+    place = {
+        "pretrained_model_name_or_path": file.path.parent,
+        "gguf_file": file.path.name,
+        "trust_remote_code": False,
+    }
     config = getattr(transformers, "GgufConfig", None)  # versions that lack it dequantize anyway
     more = {} if config is None else {"quantization_config": config(dequantize=True)}
     with _explained(file, name):

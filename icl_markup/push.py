@@ -14,7 +14,9 @@ from huggingface_hub import CommitOperationAdd, HfApi
 
 from icl_markup.card import PLACE, backbone_name
 from icl_markup.errors import ConfigError, TagFileError
+from icl_markup.gguf import is_gguf, on_hub
 from icl_markup.hub import CARD, HUB_ERRORS, LIBRARY, explain, is_hub_name
+from icl_markup.models import MODELS
 from icl_markup.report_rows import parse_row
 from icl_markup.tagfile import TagFile, read_tags
 
@@ -164,7 +166,14 @@ def _backbone(name: str, given: str, api: HfApi) -> dict[str, Any]:
             with _asked(f"backbone {name}: its commit was not found", name):
                 revision = api.model_info(name).sha or ""
         return {"name": name, "revision": revision}
-    if Path(name).is_dir() or PureWindowsPath(name).is_absolute() or ("/" in name and not is_hub_name(name)):
+    known = name in MODELS or (on_hub(name) is not None and not Path(name).is_file())
+    local = (
+        Path(name).is_dir()
+        or PureWindowsPath(name).is_absolute()
+        or is_gguf(name)
+        or ("/" in name and not is_hub_name(name))
+    )
+    if local and not known:
         raise TagFileError(
             f"the tags name their backbone by a folder of this machine, {name!r}; say what it is called on the hub: "
             "backbone='org/model'"

@@ -1,4 +1,4 @@
-"""A plain forward pass of transformers, with the tags' vectors put in by hand: what the package's own path is held to."""
+"""Plain forward passes of transformers, with the tags' vectors put in by hand, to hold the package's own path to."""
 
 from __future__ import annotations
 

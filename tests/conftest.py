@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from icl_markup.backbone import Backbone
 from icl_markup.loading import BackboneConfig
+from icl_markup.models import MODELS
 from icl_markup.readers import read_task
 from icl_markup.tasks import Example, Task, checked_task
 
@@ -216,6 +217,14 @@ def backbone(request: pytest.FixtureRequest) -> Backbone:
 def bert() -> Backbone:
     """A masked backbone."""
     return tiny_backbone("bert")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Backbone:
+    """SmolLM2, loaded once a session; it belongs to all tests, which must leave it as it is."""
+    if MODELS["smollm2"].missing:
+        pytest.skip(f"SmolLM2 is not installed: {MODELS['smollm2'].installs}")
+    return Backbone.load(BackboneConfig("smollm2", device="cpu", precision="none"))
 
 
 @pytest.fixture

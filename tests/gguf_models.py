@@ -60,7 +60,7 @@ def original_model(seed: int = 0) -> transformers.LlamaForCausalLM:
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "norm" in name:
-                weight += 0.1 * torch.randn_like(weight)
+                weight.add_(torch.randn_like(weight), alpha=0.1)
     return model
 
 

@@ -172,6 +172,7 @@ def helps() -> str:
             "export",
             "import-peft",
             "payload",
+            "models",
         ):
             with contextlib.suppress(SystemExit):
                 main([command, "--help"])

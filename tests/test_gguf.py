@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from icl_markup.errors import BackboneError
 from icl_markup.gguf import transformers_folder
 from icl_markup.model import MarkupModel
 from tests.gguf_models import TEMPLATE, Written, contents, original_model, original_tokenizer, rounded, write_gguf
+from tests.hub_stand_in import Repo, hub_for
 
 
 @pytest.fixture
@@ -151,6 +153,15 @@ def test_the_chat_template_of_the_file_is_used(cache: Path, content: Written, tm
     assert without.tokenizer.chat_template is None
 
 
+def test_what_lies_beside_a_file_is_not_read(cache: Path, content: Written, tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", content)
+    (tmp_path / "evil.py").write_text("raise AssertionError('code was run')\n")
+    beside = {"auto_map": {"AutoConfig": "evil.X", "AutoTokenizer": ["evil.X", "evil.X"]}, "vocab_size": 3}
+    for name in ("config.json", "tokenizer_config.json", "adapter_config.json", "generation_config.json"):
+        (tmp_path / name).write_text(json.dumps(beside))
+    assert weights(transformers_folder(str(path))).keys() == content.model.state_dict().keys() - {"lm_head.weight"}
+
+
 def test_a_revision_does_not_disturb_a_file(cache: Path, content: Written, tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "m.gguf", content)
     assert Backbone.load(BackboneConfig(str(path), "0123abc", device="cpu")).kind == "causal"
@@ -212,9 +223,7 @@ def test_what_a_file_lacks_is_one_clear_error(case: str, cache: Path, content: W
 
 
 @pytest.mark.parametrize("keep", [0, 3, 20, 4000, 60_000])
-def test_a_file_that_is_not_whole_is_one_clear_error(
-    keep: int, cache: Path, content: Written, tmp_path: Path
-) -> None:
+def test_a_file_that_is_not_whole_is_one_clear_error(keep: int, cache: Path, content: Written, tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "m.gguf", content)
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(BackboneError, match=r"m\.gguf: (damaged, or not whole|is not a GGUF file)"):
@@ -234,6 +243,27 @@ def test_a_file_of_something_else_is_one_clear_error(cache: Path, tmp_path: Path
 def test_a_missing_file_is_one_clear_error(name: str, told: str, cache: Path, tmp_path: Path) -> None:
     with pytest.raises(BackboneError, match=told):
         Backbone.load(name)
+
+
+def test_a_file_of_the_hub_is_downloaded_with_its_repository_and_path(
+    cache: Path, content: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = write_gguf(tmp_path / "m.gguf", content).read_bytes()
+    content.kind = "Q8_0"
+    later = write_gguf(tmp_path / "n.gguf", content).read_bytes()
+    with hub_for(monkeypatch, tmp_path / "hub") as hub:
+        repository = hub.repos["user/tiny"] = Repo()
+        first = repository.commit({"sub folder/m.gguf": raw, "README.md": b""})
+        repository.commit({"sub folder/m.gguf": later})
+        old = transformers_folder("user/tiny/sub folder/m.gguf", first)
+        assert old == transformers_folder(str(tmp_path / "m.gguf"))
+        assert (
+            transformers_folder("user/tiny/sub folder/m.gguf") == transformers_folder(str(tmp_path / "n.gguf")) != old
+        )
+        with pytest.raises(BackboneError, match=r"as other\.gguf of the hub's user/tiny: "):
+            transformers_folder("user/tiny/other.gguf")
+        with pytest.raises(BackboneError, match="has no revision 'v9'"):
+            transformers_folder("user/tiny/m.gguf", "v9")
 
 
 def test_the_missing_package_is_named(
