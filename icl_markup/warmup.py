@@ -340,7 +340,10 @@ class _Warmup:
         summary: dict[str, Any] = {
             "tasks": self.task_names,
             "validation tasks": [task.name for task in self.validation_tasks],
+            "template": Path(self.model.template.name).stem,
+            "answers": self.model.answers,
             "steps": state.step,
+            "tokens": state.tokens,
             "best step": state.best_step,
             "learning rate": self.config.optimiser.learning_rate * self.scale,
             "precision": self.model.backbone.precision,

@@ -68,7 +68,9 @@ def test_scores_are_those_of_the_proof(arm: str, smollm2: Backbone) -> None:
         "huffpost": (texts_of("huffpost41", "train", unseen), texts_of("huffpost41", "test", unseen)),
         "curekart": (texts_of("hint3_curekart", "train"), texts_of("hint3_curekart", "test")),
     }
-    vectors = load_file(shared_path("lab", "smollm2.safetensors")) if arm == "smol_b.pt" else None
+    vectors = None
+    if arm == "smol_b.pt":
+        vectors = {f"<{name}>": rows for name, rows in load_file(shared_path("lab", "smollm2.safetensors")).items()}
     model = MarkupModel(smollm2, ARMS[arm], vectors, answers="names", length_normalised=False)
     rows = [row for row in wanted_rows() if row["arm"] == arm]
     compared = 0
