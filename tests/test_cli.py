@@ -136,5 +136,5 @@ def test_bad_input_gets_one_line_that_names_it_and_exit_code_2(
 def test_help_lists_every_key_with_its_docstring(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, "--help"]) == 0
     shown = capsys.readouterr().out
-    assert "--backbone.name str  (default: embedded)" in shown
+    assert "--backbone.name str  (default: smollm2)" in shown
     assert "A transformers folder or hub name" in shown
