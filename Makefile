@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM ?= false
 .PHONY: help install quickstart test results docs models lint types unit test-deepspeed audit clean
 
 help:
-	@echo "make quickstart       install, warm tags up on the embedded tasks, and compare them with plain words"
+	@echo "make quickstart       install, warm tags up on sample tasks, and compare them with plain words"
 	@echo "make test             install, lint, check types and run the tests"
 	@echo "make test-deepspeed   install DeepSpeed beside it, and run the tests that need it"
 	@echo "make results          install, and make every number of results/ again (hours; goes on where it was stopped)"

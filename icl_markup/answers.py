@@ -1,12 +1,23 @@
-"""Option symbols: the single tokens (A, B, C …) by which a prompt's options are answered."""
+"""How a prompt is answered: with an option's symbol, a single token (A, B, C …), or with its whole name."""
 
 from __future__ import annotations
 
 import string
 from dataclasses import dataclass
+from typing import Literal
 
 from icl_markup.errors import BackboneError, PromptError
+from icl_markup.layout import Kind
 from icl_markup.text import TextEncoder
+
+Answers = Literal["symbols", "names"]
+AnswersChoice = Literal["auto", "symbols", "names"]
+
+AUTO = "auto"
+"""The template that goes with the answers."""
+
+BINDS_LETTERS = 3_000_000_000
+"""Causal models of fewer weights answer in words by default: asked for letters, they say "A" to everything."""
 
 LETTERS = string.ascii_uppercase + string.ascii_lowercase + string.digits
 """Symbols in order of preference; where a capital is no single token, a small letter comes in at the end."""
@@ -16,6 +27,22 @@ MOST_OPTIONS = 26
 
 ENOUGH_CAPITALS = 20
 """With so many capitals after a space, that form is taken even if a few letters are missing (T5 lacks two)."""
+
+
+def default_answers(kind: Kind, parameters: int) -> Answers:
+    """Return how a backbone answers by default.
+
+    A masked model reads a symbol in one place, and a name only by guessing all of its tokens at once. Other models
+    answer with names, unless they are large enough to bind letters to options, which is cheaper.
+    """
+    if kind == "masked":
+        return "symbols"
+    return "symbols" if kind == "causal" and parameters >= BINDS_LETTERS else "names"
+
+
+def default_template(answers: Answers) -> str:
+    """Return the name of the default markup that goes with these answers."""
+    return "markup_letters" if answers == "symbols" else "markup_words"
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import log_softmax, logsumexp
+from scipy.special import log_softmax
 
 from icl_markup.drawing import reorder
 from icl_markup.episodes import Demo, Episode, Option, Query
 from icl_markup.errors import PromptError
 from icl_markup.model import MarkupModel
-from icl_markup.prompted import CONTENT_FREE
+from icl_markup.priors import Prior, log_probs_of
 from icl_markup.retrieval import TEMPERATURE
 from icl_markup.retrievers import Retriever, similarities
 from icl_markup.selection import label_similarity, nearest_demos, single
@@ -56,7 +56,7 @@ class Asker:
             probabilities are multiplied (a product of experts, Hinton 2002), the retriever's to this power.
         n_permutations: orders of the options, over which probabilities are averaged, if there are so many; "none of
             the above" stays last.
-        contextual: divide by the mean probabilities that content-free texts have in the same prompt (Zhao et al. 2021).
+        prior: how the prior of the options is found, which is divided out (`icl_markup.priors`).
         seed: seeds the orders.
         task_description: for templates with the field ``{task}``.
     """
@@ -70,7 +70,7 @@ class Asker:
     most_demos: int = 20
     weight: float = 0.0
     n_permutations: int = 1
-    contextual: bool = False
+    prior: Prior = "none"
     seed: int = 0
     task_description: str = ""
 
@@ -132,16 +132,9 @@ class Asker:
     ) -> NDArray[np.float64]:
         part = np.full(shape, -np.inf)
         asked = [self._ordered(one, permutation) for one in first]
-        probes = tuple(Query(text) for text in CONTENT_FREE) if self.contextual else ()
-        episodes = [replace(one.episode, queries=one.episode.queries + probes) for one in asked]
-        for one, found in zip(asked, self.model.scores(episodes, batch_tokens), strict=True):
-            scores = log_softmax(np.array([row.scores.double().numpy() for row in found]), axis=1)
-            own, probed = scores[: len(one.rows)], scores[len(one.rows) :]
-            if self.contextual:
-                # Probes fit no label: what they give "none of the above" is no bias, and it keeps its odds.
-                labels = len(one.columns) - self.offers_none
-                prior = log_softmax(logsumexp(probed[:, :labels], axis=0)) + np.log(labels)
-                own = log_softmax(own - np.append(prior, np.zeros(int(self.offers_none))), axis=1)
+        episodes = [one.episode for one in asked]
+        for one, found in zip(asked, log_probs_of(self.model, episodes, self.prior, batch_tokens), strict=True):
+            own = found.log_probs
             own = log_softmax(own + self.weight * one.opinion, axis=1)
             part[np.ix_(one.rows, one.columns)] = own
         return part

@@ -16,15 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from icl_markup.attention_kernels import eager
 from icl_markup.batching import Batch
 from icl_markup.episodes import Episode
 from icl_markup.errors import BackboneError, PromptError
 from icl_markup.model import MarkupModel
-from icl_markup.prompt import Piece, Prompt
-from icl_markup.segments import HEAD, Reading
+from icl_markup.prompt import HEAD, Piece, Prompt
 from icl_markup.tags import substituted
 
 Floats = NDArray[np.float64]
@@ -154,25 +152,12 @@ def _weights(model: MarkupModel, batch: Batch, position: int) -> Floats:
         backbone.lock,  # the model's attention and its embedding are not its own meanwhile
         eager(backbone.model),
         tags,
-        backbone.reading(batch) as reading,
         backbone.autocast(),
         torch.inference_mode(),
     ):
-        found = backbone.model(**reading.inputs, output_attentions=True)
+        found = backbone.model(**backbone.inputs_of(batch), output_attentions=True)
     layers = found.cross_attentions if backbone.kind == "seq2seq" else found.attentions
     if not layers or any(layer is None for layer in layers):
         raise BackboneError(f"{type(backbone.model).__name__} does not tell the attention of all of its layers")
-    rows = [_row(layer[0].float().mean(0).cpu(), batch, reading, position) for layer in layers]
+    rows = [layer[0].float().mean(0).cpu()[position] for layer in layers]
     return np.asarray(torch.stack(rows).double().numpy())
-
-
-def _row(layer: Tensor, batch: Batch, reading: Reading, position: int) -> Tensor:
-    """Return the slot's row of one layer's weights, (tokens,); 0 where tokens are that the layer is not given."""
-    length = batch.input_ids.shape[1]
-    if layer.shape[1] == length:
-        return layer[position]
-    assert reading.places is not None and batch.anchors is not None and batch.segments is not None
-    kept = (batch.anchors[0] | (batch.segments[0] == HEAD)).nonzero()[:, 0]
-    row = torch.zeros(length)
-    row[kept] = layer[int(reading.places[0, position])][: len(kept)]
-    return row

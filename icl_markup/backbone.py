@@ -8,7 +8,7 @@ hidden states at the slots, so that no vocabulary-sized logits arise.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from threading import RLock
@@ -16,30 +16,25 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache
 
 from icl_markup.activations import lean_activations, recomputes
 from icl_markup.attention_kernels import blocked, can_switch
-from icl_markup.backbone_checks import check_head, check_sees_nothing_ahead, check_segments
+from icl_markup.backbone_checks import check_head, check_sees_nothing_ahead
 from icl_markup.batching import Batch
 from icl_markup.beginnings import beginning_length, computed, without_beginning
 from icl_markup.blocked_attention import rounded_up
 from icl_markup.devices import to_device
 from icl_markup.errors import BackboneError
-from icl_markup.exactness import Exactness, check_exactness
+from icl_markup.exactness import Exactness, check_decoder, check_exactness
 from icl_markup.layout import Kind, Layout
 from icl_markup.loading import DTYPES, BackboneConfig, checkpoint_gradients, length_limit, load_pretrained
 from icl_markup.models import DEFAULT
+from icl_markup.normalizer import log_normalizer
+from icl_markup.packing import attention_mask
 from icl_markup.quantisation import is_plain, quantisation_of, stored_tensors
-from icl_markup.segments import (
-    Reading,
-    encoder_layers,
-    local_layers,
-    longest_prompt,
-    segment_attention,
-    set_global_heads,
-)
 from icl_markup.sharded import is_sharded
 from icl_markup.tags import TagTable, substituted
 from icl_markup.text import TextEncoder
@@ -62,12 +57,9 @@ class Backbone:
         chooses_attention: whether attention may be computed by another implementation where that trains faster
             (`icl_markup.attention_kernels`); false where a configuration names one.
         quantisation: how its linear layers are quantised; ``none`` where they are not.
-        local_layers: how many lower layers read a prompt segment by segment (`icl_markup.segments`); 0: none. Where
-            there are any, queries in one prompt do not see each other.
 
     Raises:
-        BackboneError: the model has no output head, logits at its slots are not those of the model itself, or its
-            configuration asks for segment-local attention that it is not capable of.
+        BackboneError: the model has no output head, or logits at its slots are not those of the model itself.
     """
 
     def __init__(
@@ -104,18 +96,11 @@ class Backbone:
                 f"the input embedding of {self.name!r} is quantised ({self.quantisation}); soft tokens stand in for "
                 "rows of an ordinary one: choose a checkpoint that keeps it"
             )
-        self.local_layers = local_layers(model) if kind == "masked" else 0
-        limit = longest_prompt(model) if self.local_layers else None
-        self.max_length = max_length or limit or length_limit(model, tokenizer)
-        if self.local_layers:
-            encoder_layers(model)
-            set_global_heads(model)
+        self.max_length = max_length or length_limit(model, tokenizer)
         self._check()
 
     def _check(self) -> None:
         check_head(self)
-        if self.local_layers:
-            check_segments(self)
 
     @classmethod
     def load(cls, config: BackboneConfig | str = DEFAULT) -> Backbone:
@@ -161,6 +146,11 @@ class Backbone:
         return int(next(self.embedding.parameters()).shape[0])
 
     @property
+    def parameters(self) -> int:
+        """How many weights it has; of a quantised one, how many numbers they are packed in."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @property
     def vocabulary(self) -> Tensor:
         """The ids of ordinary tokens (no special or added token), shape (n,)."""
         rows = min(self.first_tag_id, len(self.tokenizer))
@@ -182,6 +172,17 @@ class Backbone:
     def runs_on_cpu(self) -> bool:
         """Whether its forward and backward passes are those of a CPU."""
         return self.device.type == "cpu"
+
+    @property
+    def shares_names(self) -> bool:
+        """Whether the names that are scored at a slot may share the work for their prompt; checked at first use."""
+        if self.kind == "causal":
+            return self.exactness.limit > 0
+        return self.kind == "seq2seq" and not self._recomputes and not self._decoder_obstacle
+
+    @cached_property
+    def _decoder_obstacle(self) -> str:
+        return check_decoder(self)
 
     @cached_property
     def exactness(self) -> Exactness:
@@ -210,33 +211,55 @@ class Backbone:
         """
         return self.logits_at(self._hidden(batch, table), batch.candidates, batch.candidate_mask)
 
-    def token_log_probs(self, batch: Batch, table: TagTable | None = None) -> Tensor:
-        """Return the log-probability, over the whole vocabulary, of `batch.targets` at each slot; fp32, (slots,)."""
-        return self.log_probs_at(self._hidden(batch, table), batch.targets)
+    def slot_states(self, batch: Batch, table: TagTable | None = None) -> Tensor:
+        """Return what the head is given at each slot of a batch, (slots, hidden width)."""
+        return self._hidden(batch, table)
 
     def logits_at(self, hidden: Tensor, candidates: Tensor, mask: Tensor) -> Tensor:
         """Return logits of candidates, given what the head is given at their slots; shapes as in `candidate_logits`."""
         logits = self._logits_of(hidden, to_device(candidates, hidden.device))
         return logits.masked_fill(~to_device(mask, hidden.device), float("-inf"))
 
-    def log_probs_at(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Return log-probabilities of tokens, given what the head is given at their slots; see `token_log_probs`."""
-        parts = []
-        for rows, wanted in zip(hidden.split(256), to_device(targets, hidden.device).split(256), strict=True):
-            weight = self._head.weight
-            logits = self._adjust(self._head(rows.to(weight.dtype) if is_plain(weight) else rows).float())
-            parts.append(logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0])
-        return torch.cat(parts)
+    def log_probs_at(self, hidden: Tensor, targets: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Return log-probabilities of tokens over the whole vocabulary.
 
-    @property
-    def reading_length(self) -> int:
-        """The longest text in tokens that is read by itself; with local layers, positions number each segment anew."""
-        if not self.local_layers:
-            return self.max_length
-        return min(self.max_length, length_limit(self.model, self.tokenizer))
+        Args:
+            hidden: what the head is given at some places, (places, hidden width).
+            targets: token ids, (tokens,).
+            rows: the place that predicts each of them, (tokens,); None: there is one place for each.
+
+        Returns:
+            fp32, (tokens,).
+        """
+        targets = to_device(targets, hidden.device)
+        if any(p.requires_grad for p in self._head.parameters()):
+            log_probs = self._all_logits(hidden).log_softmax(-1)
+            index = torch.arange(len(targets), device=hidden.device) if rows is None else to_device(rows, hidden.device)
+            return log_probs[index, targets]
+        vocabulary = int(self._head.weight.shape[0]) if is_plain(self._head.weight) else self.first_tag_id
+        normalizer = log_normalizer(hidden, self._head_function(), vocabulary)
+        if rows is not None:
+            index = to_device(rows, hidden.device)
+            # Embeddings, as the gradient of indexing adds up in an order that varies between runs on several threads.
+            hidden, normalizer = F.embedding(index, hidden), F.embedding(index, normalizer[:, None])[:, 0]
+        return self._logits_of(hidden, targets[:, None])[:, 0] - normalizer
+
+    def _head_function(self) -> Callable[[Tensor], Tensor]:
+        """Return a function from states to fp32 logits of the vocabulary: in half precision if tags train in it."""
+        weight = self._head.weight
+        if self.precision == "none" or not torch.is_grad_enabled() or not is_plain(weight):
+            return self._all_logits
+        dtype = DTYPES[self.precision]
+        cast, bias = weight.to(dtype), getattr(self._head, "bias", None)
+        bias = None if bias is None else bias.to(dtype)
+        return lambda rows: self._adjust(F.linear(rows.to(dtype), cast, bias).float())
+
+    def _all_logits(self, rows: Tensor) -> Tensor:
+        weight = self._head.weight
+        return self._adjust(self._head(rows.to(weight.dtype) if is_plain(weight) else rows).float())
 
     def text_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return hidden states of ordinary texts: those above the local layers, or else the encoder's or model's last.
+        """Return the last hidden states of ordinary texts: the encoder's where there is one, or the model's.
 
         Args:
             input_ids: padded on the right, (texts, longest), int64.
@@ -248,8 +271,7 @@ class Backbone:
         body = self.model.get_encoder() if self.kind == "seq2seq" else self.model.base_model
         inputs = {"input_ids": input_ids.to(self.device), "attention_mask": attention_mask.to(self.device)}
         with self.lock, self.autocast():
-            found = body(**inputs, output_hidden_states=bool(self.local_layers))
-        states: Tensor = found.hidden_states[self.local_layers] if self.local_layers else found.last_hidden_state
+            states: Tensor = body(**inputs).last_hidden_state
         return states
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -261,18 +283,17 @@ class Backbone:
     def _hidden(self, batch: Batch, table: TagTable | None) -> Tensor:
         """Run the model; return what its head is given at the slots, of shape (slots, hidden width)."""
         cache: DynamicCache | None = None
-        if table is not None and torch.is_grad_enabled() and self._keeps_beginnings(batch.input_ids.shape[1]):
+        may_keep = table is not None and torch.is_grad_enabled() and batch.visible is None
+        if may_keep and table is not None and self._keeps_beginnings(batch.input_ids.shape[1]):
             length = beginning_length(batch, table.first_id)
             if length:
                 cache = computed(self, batch.input_ids[0, :length], len(batch.input_ids))
                 batch = without_beginning(batch, length)
             elif self._asking_costs():
                 cache = DynamicCache()  # says that no position restarts, where transformers would look
-        with self.reading(batch) as reading:
-            more = {} if cache is None else {"past_key_values": cache, "use_cache": True}
-            hidden = self.hidden_states({**reading.inputs, **more}, table)
-        rows = to_device(batch.rows, self.device)
-        return hidden[rows, reading.positions(rows, to_device(batch.positions, self.device))]
+        more = {} if cache is None else {"past_key_values": cache, "use_cache": True}
+        hidden = self.hidden_states({**self.inputs_of(batch), **more}, table)
+        return hidden[to_device(batch.rows, self.device), to_device(batch.positions, self.device)]
 
     def _asking_costs(self) -> bool:
         """Whether the CPU, where it asks for a value, waits for all that was given to the device before."""
@@ -284,18 +305,20 @@ class Backbone:
             return False  # processes that share the layers must all run them equally often
         return longest <= self.exactness.limit and not any(p.requires_grad for p in self.model.parameters())
 
-    @contextmanager
-    def reading(self, batch: Batch) -> Iterator[Reading]:
-        """While active, a call of the model on `Reading.inputs` reads the batch as it is read for its slots."""
+    def inputs_of(self, batch: Batch) -> dict[str, Any]:
+        """Return the model's keyword arguments for a batch, as it is read for its slots."""
         inputs: dict[str, Any] = {"input_ids": to_device(batch.input_ids, self.device)}
-        if not self._needs_no_mask(batch):
+        if batch.visible is not None:
+            assert batch.position_ids is not None
+            inputs["position_ids"] = to_device(batch.position_ids, self.device)
+            inputs["attention_mask"] = attention_mask(self, to_device(batch.visible, self.device))
+        elif not self._needs_no_mask(batch):
             inputs["attention_mask"] = to_device(batch.attention_mask, self.device)
         if self.kind == "seq2seq":
             inputs["decoder_input_ids"] = self.decoder_ids(batch)
         if self.kind != "masked":
             inputs["use_cache"] = False
-        with self.lock, self._segments(batch) as reading:
-            yield reading._replace(inputs={**inputs, **reading.inputs})
+        return inputs
 
     def _needs_no_mask(self, batch: Batch) -> bool:
         """Whether padding, which is on the right, is seen by no token that is read: attention without a mask is faster.
@@ -304,8 +327,6 @@ class Backbone:
         """
         if self.kind == "causal":
             return self.sees_nothing_ahead
-        if self.local_layers:  # segments bring masks of their own
-            return batch.segments is not None
         return bool(batch.attention_mask.all())
 
     @cached_property
@@ -315,15 +336,20 @@ class Backbone:
 
     def hidden_states(self, inputs: Mapping[str, Any], table: TagTable | None = None) -> Tensor:
         """Run the model on its own keyword arguments; return what its head is given, (rows, length, hidden width)."""
+        return self.run(inputs, table)[0]
+
+    def run(self, inputs: Mapping[str, Any], table: TagTable | None = None) -> tuple[Tensor, Any]:
+        """Do what `hidden_states` does, and return the model's other outputs, too."""
         tags = substituted(self.embedding, table) if table is not None else nullcontext()
         is_trained = torch.is_grad_enabled() and not self._recomputes
         lean = lean_activations(self.model) if is_trained else nullcontext()
         blocks: AbstractContextManager[None] = nullcontext()
-        if is_trained and self.trains_blocked:
-            blocks = blocked(self.model, inputs.get("attention_mask"))
+        mask = inputs.get("attention_mask")
+        if is_trained and self.trains_blocked and (mask is None or mask.ndim == 2):
+            blocks = blocked(self.model, mask)
         with self.lock, tags, lean, blocks, self._head_bypassed() as kept, self.autocast():
-            self.model(**inputs)
-        return kept[0]
+            outputs = self.model(**inputs)
+        return kept[0], outputs
 
     def padded_length(self, length: int) -> int:
         """Return to how many tokens prompts are padded that are trained on together, the longest of so many.
@@ -345,12 +371,6 @@ class Backbone:
     def _recomputes(self) -> bool:
         """Whether layers recompute their activations in the backward pass."""
         return any(map(recomputes, self.model.modules()))
-
-    def _segments(self, batch: Batch) -> AbstractContextManager[Reading]:
-        if not self.local_layers or batch.segments is None:
-            return nullcontext(Reading({}, None))
-        in_blocks = torch.is_grad_enabled() and self.trains_blocked and not self._recomputes
-        return segment_attention(self.model, batch.segments, batch.anchors, self.device, in_blocks)
 
     def decoder_ids(self, batch: Batch) -> Tensor:
         """Return the ids that a sequence-to-sequence decoder is given, (prompts, decoder length)."""

@@ -10,7 +10,6 @@ from torch import nn
 
 from icl_markup.batching import Batch
 from icl_markup.errors import BackboneError
-from icl_markup.segments import HEAD
 from icl_markup.tags import Tag, TagTable
 
 if TYPE_CHECKING:
@@ -34,31 +33,6 @@ def check_head(backbone: Backbone) -> None:
         raise BackboneError(
             f"{type(backbone.model).__name__}: logits computed for single candidates differ from the model's own by "
             f"{(ours - full).abs().max():.3g}; this architecture changes logits after its head in an unknown way"
-        )
-
-
-@torch.no_grad()
-def check_segments(backbone: Backbone) -> None:
-    """Swap segments before a query on a short input; refuse a model whose answer depends on where they stand."""
-    encode, query = backbone.encoder.encode, [*backbone.encoder.encode(" a"), backbone.layout.mask_id]
-    head = [*backbone.layout.prefix, *encode(" b")]
-    others = [(1, encode(" c d e")), (2, encode(" f"))]
-    ids, segments = [], []
-    for middle in (others, [*reversed(others), (-2, encode(" g h"))]):
-        parts = [(HEAD, head), *middle, (-1, query), (HEAD, list(backbone.layout.suffix))]
-        ids.append([i for _, part in parts for i in part])
-        segments.append([number for number, part in parts for _ in part])
-    slots = [(row, line.index(backbone.layout.mask_id)) for row, line in enumerate(ids)]
-    tokens = backbone.vocabulary[:26].cpu().expand(2, -1)
-    anchors = [[token == backbone.layout.mask_id for token in line] for line in ids]
-    batch = Batch.of_ids(ids, slots, tokens, segments=segments, anchors=anchors)
-    first, second = backbone.candidate_logits(batch).cpu()
-    scale = first.abs().max().clamp(min=1.0)
-    if not torch.allclose(first / scale, second / scale, atol=1e-4 if backbone.is_exact else 0.05):
-        raise BackboneError(
-            f"{type(backbone.model).__name__}: icl_markup.local_layers in the model's config.json makes the order of "
-            f"segments matter, by {(first - second).abs().max():.3g} in the logits; positions of this architecture "
-            "are not those of its position embeddings alone"
         )
 
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from icl_markup.prompt import Prompt
-from icl_markup.segments import PADDING
 
 
 @dataclass(frozen=True)
@@ -23,12 +22,11 @@ class Batch:
         positions: the position of each slot, (slots,).
         candidates: token ids of each slot's options, (slots, most options).
         candidate_mask: which of those exist, the same shape, bool.
-        targets: the index of the right option, -1 where unknown, (slots,); for `token_log_probs` a token id.
+        targets: the index of the right option, -1 where unknown, (slots,).
         is_query: which slots belong to queries, (slots,), bool.
         decoder_ids: what a sequence-to-sequence decoder is given after its start token, or None.
-        segments: the part of the prompt each token belongs to (`icl_markup.segments`), (prompts, longest); all 0
-            where they are not known.
-        anchors: which tokens are option symbols or slots, bool, the same shape; None where they are not known.
+        position_ids: the position of each token if it isn't its place, (prompts, longest); or None.
+        visible: which token sees which, bool, (prompts, longest, longest); None: as the model has it.
     """
 
     input_ids: Tensor
@@ -40,8 +38,8 @@ class Batch:
     targets: Tensor
     is_query: Tensor
     decoder_ids: Tensor | None = None
-    segments: Tensor | None = None
-    anchors: Tensor | None = None
+    position_ids: Tensor | None = None
+    visible: Tensor | None = None
 
     @classmethod
     def of_ids(
@@ -55,22 +53,17 @@ class Batch:
         is_query: Sequence[bool] | None = None,
         pad_id: int = 0,
         decoder_ids: Tensor | None = None,
-        segments: Sequence[Sequence[int]] | None = None,
-        anchors: Sequence[Sequence[bool]] | None = None,
+        position_ids: Tensor | None = None,
+        visible: Tensor | None = None,
         length: int = 0,
     ) -> Batch:
         """Pad lists of ids to the longest, or to `length`; `slots` are pairs of (prompt, position)."""
         longest = max(length, *map(len, ids))
         input_ids = torch.full((len(ids), longest), pad_id, dtype=torch.long)
         attention_mask = torch.zeros_like(input_ids)
-        parts = torch.full_like(input_ids, PADDING)
-        marked = torch.zeros_like(input_ids, dtype=torch.bool) if anchors is not None else None
         for row, line in enumerate(ids):
             input_ids[row, : len(line)] = torch.tensor(line)
             attention_mask[row, : len(line)] = 1
-            parts[row, : len(line)] = torch.tensor(segments[row]) if segments is not None else 0
-            if marked is not None and anchors is not None:
-                marked[row, : len(line)] = torch.tensor(anchors[row])
         index = torch.tensor(slots, dtype=torch.long).reshape(-1, 2)
         return cls(
             input_ids,
@@ -82,8 +75,8 @@ class Batch:
             torch.tensor(targets if targets is not None else [-1] * len(slots), dtype=torch.long),
             torch.tensor(is_query if is_query is not None else [True] * len(slots), dtype=torch.bool),
             decoder_ids,
-            parts,
-            marked,
+            position_ids,
+            visible,
         )
 
     @classmethod
@@ -109,8 +102,6 @@ class Batch:
             targets=[-1 if slot.answer is None else slot.answer for _, slot in slots],
             is_query=[slot.is_query for _, slot in slots],
             pad_id=pad_id,
-            segments=[prompt.segments for prompt in prompts],
-            anchors=[prompt.anchors for prompt in prompts],
             length=length,
         )
 

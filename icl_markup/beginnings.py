@@ -44,8 +44,6 @@ def without_beginning(batch: Batch, length: int) -> Batch:
         batch,
         input_ids=batch.input_ids[:, length:],
         positions=batch.positions - length,
-        segments=None if batch.segments is None else batch.segments[:, length:],
-        anchors=None if batch.anchors is None else batch.anchors[:, length:],
     )
 
 

@@ -74,9 +74,7 @@ def blocked_attention(
     unusual = any(kwargs.get(name) is not None for name in _UNUSUAL)
     plain = not (dropout or unusual or any(one.requires_grad for one in added))
     trained = torch.is_grad_enabled() and any(one.requires_grad for one in (query, key, value))
-    segments = getattr(attention_mask, "segment_blocks", None)
-    is_short = key.shape[2] < LONG or segments is not None
-    fits = dtype == torch.bfloat16 and query.device.type == "cpu" and is_short
+    fits = dtype == torch.bfloat16 and query.device.type == "cpu" and key.shape[2] < LONG
     if not (plain and trained and fits):
         bias = {} if position_bias is None else {"position_bias": position_bias}
         return sdpa_attention_forward(  # type: ignore[no-any-return]
@@ -93,20 +91,17 @@ def blocked_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     with torch.autocast("cpu", enabled=False):
-        if segments is not None and position_bias is None:
-            output: Tensor = segments.attend(query, key, value, scale)
-        else:
-            lengths = _lengths(attention_mask, query.shape[2])
-            output = attend(
-                query,
-                key,
-                value,
-                mask=attention_mask if lengths is None else None,
-                bias=position_bias,
-                lengths=lengths,
-                is_causal=is_causal,
-                scale=scale,
-            )
+        lengths = _lengths(attention_mask, query.shape[2])
+        output = attend(
+            query,
+            key,
+            value,
+            mask=attention_mask if lengths is None else None,
+            bias=position_bias,
+            lengths=lengths,
+            is_causal=is_causal,
+            scale=scale,
+        )
     return output.transpose(1, 2).contiguous(), None
 
 

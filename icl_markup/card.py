@@ -23,6 +23,8 @@ from icl_markup.report_rows import Row, parse_row
 PLACE = '"path/to/this/folder"'
 """What stands in a card for the place that the tags are loaded from, until they are given one on the hub."""
 
+_ANSWERS = {"symbols": "an option's symbol", "names": "an option's whole name"}
+
 _INTRODUCTIONS = {
     "select": "Selected from other tags:",
     "rename": "Renamed from other tags:",
@@ -76,6 +78,8 @@ commit.
 ## Template
 
 {_fenced(details["template"]["source"].strip())}
+
+The slot is answered with {_ANSWERS.get(str(details["answers"]), "an option")}.
 {_around(details.get("chat"))}
 ## Training
 

@@ -60,8 +60,8 @@ class MarkupClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         tags: warmed-up tags, which name their backbone: a folder, or a name on the hub (``user/tags``, or
             ``user/tags@revision``, where a commit pins them); a list of them, whose tags are used together; a
             `MarkupModel`; or None for the backbone with untrained tags of `template`.
-        backbone: a transformers folder or hub name; None: the tags' own, or the one embedded in the package.
-        template: the template; None: that of the tags, or ``markup`` where there are none.
+        backbone: a transformers folder or hub name; None: the tags' own, or SmolLM2.
+        template: the template; None: that of the tags, or the default markup if there are none.
         chat: the model's chat template around prompts, where no tags are given; tags bring theirs along.
         descriptions: longer descriptions of labels, by label; used by templates with ``{description}``.
         task_description: for templates with the field ``{task}``.
@@ -79,8 +79,8 @@ class MarkupClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             BM25 are some 20 times larger); ``auto``: 1 for the cosines of ``backbone`` and ``embedding``, else 0.
         options: labels a prompt, where they are chosen.
         demos: demonstrations a prompt, where they are chosen.
-        calibration: ``none``; ``contextual``: by content-free texts in the same prompt (Zhao et al. 2021); ``batch``:
-            by the mean over texts given to `calibrate` (Zhou et al. 2024).
+        calibration: ``none``; ``contextual``, ``domain`` or ``unconditional``: by a prior that the model is asked for
+            (`icl_markup.priors`); ``batch``: by the mean over texts given to `calibrate` (Zhou et al. 2024).
         n_permutations: orders of the options over which probabilities are averaged, against position bias.
         most_tokens: a text with more tokens is cut to so many.
         batch_tokens: the most tokens of one forward pass, padding included.
@@ -114,7 +114,7 @@ class MarkupClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         retriever_weight: float | Literal["auto"] = "auto",
         options: int = 10,
         demos: int = 20,
-        calibration: Literal["none", "contextual", "batch"] = "none",
+        calibration: Literal["none", "contextual", "domain", "unconditional", "batch"] = "none",
         n_permutations: int = 1,
         most_tokens: int = 256,
         batch_tokens: int = 4096,
@@ -400,7 +400,7 @@ class MarkupClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             most_demos=self.demos,
             weight=float(weight),
             n_permutations=self.n_permutations,
-            contextual=self.calibration == "contextual",
+            prior="none" if self.calibration == "batch" else self.calibration,
             seed=self.random_state,
             task_description=self.task_description,
         )

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import get_args
 
 from tqdm import tqdm
 
@@ -19,6 +20,7 @@ from icl_markup.export_cli import add_commands as add_export_commands
 from icl_markup.models import DEFAULT
 from icl_markup.models_cli import add_command as add_models
 from icl_markup.plan_cli import add_command as add_plan
+from icl_markup.priors import Prior
 from icl_markup.processes import is_first, leave, let_the_first_speak
 from icl_markup.quantisation import add_argument as add_quantisation
 from icl_markup.serve import add_arguments as add_serve_arguments
@@ -132,6 +134,10 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--file", help="a text a line, or .jsonl, .csv, .tsv, .parquet; - or nothing: standard input")
     predict.add_argument("--text-column", default="text", help="where a file of rows has its texts")
     predict.add_argument("--out", help="a JSONL file; if it exists, answers go on after its last one")
+    predict.add_argument("--calibration", choices=get_args(Prior), default="none",
+                         help="divide out what labels get without evidence: from texts without content in the same "
+                         "prompt (contextual) or in one without options and demonstrations (unconditional), or from "
+                         "random words (domain)")  # fmt: skip
     predict.add_argument("--top", type=int, help="give the probabilities of so many labels")
     predict.add_argument("--keep-errors", action="store_true", help="write a text's error and go on; exit code 1")
     predict.add_argument("--batch-tokens", type=int, help="most tokens of one forward pass")
@@ -156,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add_models(commands)
 
-    quickstart = commands.add_parser("quickstart", help="warm up and measure on the embedded default")
+    quickstart = commands.add_parser("quickstart", help="warm up and measure on sample tasks")
     _add_quickstart(quickstart)
     quickstart.set_defaults(run=_quickstart)
     return parser
@@ -165,9 +171,10 @@ def _parser() -> argparse.ArgumentParser:
 def _add_model(parser: argparse.ArgumentParser) -> None:
     _add_tags(parser, "a tag folder or hub name (user/tags); brings its backbone and template along")
     parser.add_argument("--backbone", help=_BACKBONE)
-    parser.add_argument("--template", help="a template's name or path (default: the tags', or markup)")
-    parser.add_argument("--answers", choices=["symbols", "names"], default="symbols",
-                        help="read option symbols, or score whole names (beyond 26 labels anyway)")  # fmt: skip
+    parser.add_argument("--template", help="a template's name or path (default: the tags', or the default markup)")
+    parser.add_argument("--answers", choices=["auto", "symbols", "names"], default="auto",
+                        help="read option symbols, or score whole names (auto: what the template shows, or what suits "
+                        "the backbone; beyond 26 labels always names)")  # fmt: skip
     _add_chat(parser)
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps …")
     add_quantisation(parser)
@@ -198,7 +205,7 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--validation", help="a file as the examples: learns temperature and threshold; its label "
                         "'none of the above' marks texts that no label fits")  # fmt: skip
     parser.add_argument("--none-of-the-above", choices=["option", "threshold"])
-    parser.add_argument("--calibration", choices=["none", "contextual", "batch"], default="none")
+    parser.add_argument("--calibration", choices=[*get_args(Prior), "batch"], default="none")
     parser.add_argument("--retriever", choices=["backbone", "bm25", "embedding"], default="backbone")
     parser.add_argument("--permutations", type=int, default=1, help="orders of the options to average over")
     parser.add_argument("--cache-mib", type=int, default=1024, help="MiB of what prompts of a causal backbone begin "
@@ -217,7 +224,7 @@ def _add_episode(parser: argparse.ArgumentParser) -> None:
 
 def _add_quickstart(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", default="runs/quickstart", help="the folder for the run")
-    parser.add_argument("--episodes", type=int, default=80, help="episodes an unseen task")
+    parser.add_argument("--episodes", type=int, default=4, help="episodes of five texts per unseen task")
     parser.add_argument("--steps", type=int, help="warm-up steps, instead of the default's")
     parser.add_argument("--rows", help="a JSONL file to append the rows of the table to")
 

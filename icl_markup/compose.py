@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from icl_markup.ancestry import Ancestry, Parent
+from icl_markup.answers import Answers
 from icl_markup.errors import TagFileError, TemplateError, nearest
-from icl_markup.markup import Answers
 from icl_markup.tagfile import TagFile, checksum
 from icl_markup.template import Template
 

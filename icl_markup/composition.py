@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from icl_markup.answers import Answers
 from icl_markup.compose import Operation, average, interpolate, merge, select
 from icl_markup.compose import rename as renaming
 from icl_markup.errors import TagFileError, nearest
-from icl_markup.markup import Answers
 from icl_markup.tagfile import TagFile, read_tags
 from icl_markup.template import Template
 

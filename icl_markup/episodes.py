@@ -50,13 +50,17 @@ class Query(NamedTuple):
 
 @dataclass(frozen=True)
 class Episode:
-    """Options, demonstrations and queries of one in-context problem; `task_description` may be empty."""
+    """Options, demonstrations and queries of one in-context problem; `task_description` may be empty.
+
+    If `shows_options` is false, the prompt leaves the options out, and they are scored all the same.
+    """
 
     options: tuple[Option, ...]
     demos: tuple[Demo, ...]
     queries: tuple[Query, ...]
     task: str = ""
     task_description: str = ""
+    shows_options: bool = True
 
 
 @dataclass(frozen=True)

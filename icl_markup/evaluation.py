@@ -44,9 +44,16 @@ class Estimate:
 
 
 def draw_episodes(
-    task: Task, *, n_way: int | None, k_shot: int, episodes: int, seed: int, query_split: str = "test"
+    task: Task,
+    *,
+    n_way: int | None,
+    k_shot: int,
+    episodes: int,
+    seed: int,
+    query_split: str = "test",
+    queries: int = 1,
 ) -> list[Episode]:
-    """Draw episodes of one query each: demonstrations from ``train``, the query from `query_split`.
+    """Draw episodes: demonstrations from ``train``, queries from `query_split`.
 
     Args:
         task: the task.
@@ -55,6 +62,7 @@ def draw_episodes(
         episodes: how many.
         seed: seeds them; the same seed gives the same episodes to every method.
         query_split: the split of the queries; where the task has no such split, ``train``.
+        queries: queries an episode; those of one episode share the work for its context.
 
     Raises:
         TaskError: the task cannot give such episodes.
@@ -62,6 +70,7 @@ def draw_episodes(
     config = EpisodeConfig(
         n_way=None if n_way is None else (n_way, n_way),
         k_shot=(k_shot, k_shot),
+        queries=(queries, queries),
         query_split=query_split if query_split in task.splits else "train",
     )
     sampler = EpisodeSampler([task], config, seed)

@@ -1,4 +1,8 @@
-"""Whether, and up to what length, a causal model answers packed prompts over a cache as it does whole ones."""
+"""Whether a model that shares work between prompts or names answers as it does without.
+
+For a causal model: whether, and up to what length, packed prompts over a cache are answered as whole ones are. For a
+sequence-to-sequence model: whether names over the decoder's cache are scored as those that are read from the start.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ import torch
 from torch import Tensor
 
 from icl_markup.batching import Batch
+from icl_markup.decoding import decoder_states
 from icl_markup.packing import Tree, attention_of, grow, takes_masks
 
 if TYPE_CHECKING:
@@ -38,6 +43,36 @@ def check_exactness(backbone: Backbone) -> Exactness:
         return Exactness(0, f"attention {attention_of(backbone)!r} may take no mask for each two tokens")
     obstacle = _obstacle(backbone)
     return Exactness(0 if obstacle else longest_exact(backbone.model.config), obstacle)
+
+
+@torch.inference_mode()
+def check_decoder(backbone: Backbone) -> str:
+    """Compare a sequence-to-sequence model's states of names with and without the decoder's cache.
+
+    Returns:
+        Why names cannot share the work for their prompt, or an empty string.
+    """
+    words = [list(backbone.encoder.encode(text)) for text in (" a b c d e f g", " h i", " c a", " k l")]
+    tails = [tuple((words[1] * 2)[:2]), tuple(words[2][:1]), tuple((words[3] * 2)[:2])]
+    owners, lines = [0, 1, 1], [words[0], words[0] + words[1]]
+    none = torch.zeros(0, 1, dtype=torch.long)
+    try:
+        first, states = decoder_states(backbone, Batch.of_ids(lines, [], none), tails, owners, None)
+    except Exception as error:  # a model may refuse a cache in any way; names are then read from the start
+        return f"{type(backbone.model).__name__} takes no cache for names: {type(error).__name__}: {error}"
+    assert states is not None
+    slots = [(row, k) for row, tail in enumerate(tails) for k in range(len(tail) + 1)]
+    ids = torch.tensor([[*tail, *[0] * (2 - len(tail))] for tail in tails])
+    whole = backbone.slot_states(Batch.of_ids([lines[row] for row in owners], slots, none, decoder_ids=ids))
+    shared = [
+        torch.stack([first[row], *states[i, : len(tail)]])
+        for i, (row, tail) in enumerate(zip(owners, tails, strict=True))
+    ]
+    spread = float((whole - whole.mean(-1, keepdim=True)).abs().max())
+    difference = float((torch.cat(shared) - whole).abs().max())
+    if difference <= (1e-3 if backbone.is_exact else 0.1) * spread:
+        return ""
+    return f"{type(backbone.model).__name__} answers differently over a cache, by {difference:.3g} in its states"
 
 
 def longest_exact(config: Any) -> int:

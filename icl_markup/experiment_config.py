@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from icl_markup.answers import AnswersChoice
 from icl_markup.chat import ChatConfig
 from icl_markup.config import require_positive
 from icl_markup.errors import ConfigError
@@ -71,7 +72,7 @@ class MethodConfig:
     initialisation: Initialisation = "description"
     """For tags_untrained: how tags are initialised."""
 
-    calibration: Literal["none", "contextual", "domain", "batch"] = "none"
+    calibration: Literal["none", "contextual", "domain", "unconditional", "batch"] = "none"
     """For prompts: contextual (Zhao et al. 2021), domain-context (Fei et al. 2023) or batch calibration
     (Zhou et al. 2024)."""
 
@@ -202,7 +203,7 @@ class ExperimentConfig:
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     """The frozen language model."""
 
-    answers: Literal["symbols", "names"] = "symbols"
+    answers: AnswersChoice = "auto"
     """For plain and tags_untrained: read option symbols, or score whole label names; tags bring theirs along."""
 
     chat: ChatConfig = field(default_factory=ChatConfig)

@@ -20,9 +20,9 @@ def check_exportable(model: MarkupModel, form: Form) -> None:
     """Check that a model's tags can be given away in a form.
 
     Raises:
-        ExportError: it has no tags; or, as a checkpoint or adapter, its lower layers read a prompt part by part, its
-            weights are quantised or of a type that is not written; or, as vectors, it is not causal, or its embedding
-            multiplies the rows of its table, as Gemma's and BART's do.
+        ExportError: it has no tags; or, as a checkpoint or adapter, its weights are quantised or of a type that is
+            not written; or, as vectors, it is not causal, or its embedding multiplies the rows of its table, as
+            Gemma's and BART's do.
     """
     backbone = model.backbone
     if model.table is None:
@@ -32,12 +32,6 @@ def check_exportable(model: MarkupModel, form: Form) -> None:
     if form == "vectors":
         _check_vectors(backbone)
         return
-    if backbone.local_layers:
-        raise ExportError(
-            f"backbone {backbone.name!r} reads prompts part by part in its lower layers (icl_markup.local_layers "
-            "in its config.json); no plain transformers model does that, and answers would differ: serve it with "
-            "icl-markup serve, or warm tags up on another backbone"
-        )
     if getattr(backbone.model, "is_quantized", False):
         raise ExportError(
             f"backbone {backbone.name!r} is quantised; export the tags with the model that it was made from "

@@ -16,12 +16,13 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 import icl_markup
+from icl_markup.answers import Answers
 from icl_markup.chat import ChatFrame
 from icl_markup.episodes import Episode, Query
 from icl_markup.errors import ExportError, PromptError
 from icl_markup.fingerprint import Fingerprint
 from icl_markup.layout import Kind, Layout
-from icl_markup.markup import Answers, Markup
+from icl_markup.markup import Markup
 from icl_markup.model import MarkupModel
 from icl_markup.placement import Placement
 from icl_markup.prompt import Prompt

@@ -25,6 +25,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from icl_markup.errors import TagFileError
+from icl_markup.zoo import zoo_folder
 
 TENSORS, DETAILS, CARD = FILES = ("tags.safetensors", "tags.json", "README.md")
 """The files of a tag folder."""
@@ -67,8 +68,9 @@ def locate(tags: str | Path, revision: str | None = None, token: str | None = No
     """Find a tag folder; one of the hub is downloaded unless it is in the cache.
 
     Args:
-        tags: a folder, or a hub name such as ``user/tags`` or ``user/tags@revision``. A folder of that name wins, and
-            a `Path` is always a folder.
+        tags: tags of the zoo by their name (`icl_markup.zoo`), a folder, or a hub name such as ``user/tags`` or
+            ``user/tags@revision``. A folder of a hub name wins, and a `Path` is always a folder; a name of the zoo
+            always means the zoo: write ``./smollm2`` for a folder of that name.
         revision: a commit, tag or branch of the hub; None: ``main``.
         token: a token of the hub; None: the one that is logged in with, or ``HF_TOKEN``.
 
@@ -76,6 +78,10 @@ def locate(tags: str | Path, revision: str | None = None, token: str | None = No
         TagFileError: the repository or revision does not exist, is gated or private, cannot be reached and is not in
             the cache, or holds no tags; or a folder is given a revision. A folder that does not exist is no error yet.
     """
+    shipped = zoo_folder(tags) if isinstance(tags, str) else None
+    if shipped is not None:
+        _no_revision(str(tags), revision)
+        return Place(shipped)
     if isinstance(tags, Path) or Path(tags).is_dir():
         _no_revision(str(tags), revision)
         return Place(Path(tags))

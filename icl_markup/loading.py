@@ -34,7 +34,7 @@ class BackboneConfig:
 
     name: str = DEFAULT
     """A model that ``icl-markup models`` lists, a transformers folder, a GGUF file (a path, or user/repo/file.gguf on
-    the hub), or a hub name; ``embedded`` is the encoder inside this package."""
+    the hub), or a hub name."""
 
     revision: str | None = None
     """A hub model's revision (commit, tag or branch)."""

@@ -13,18 +13,16 @@ from copy import copy
 from dataclasses import replace
 from functools import lru_cache
 from heapq import heapify, heappop, heapreplace
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
-from icl_markup.answers import OptionSymbols
+from icl_markup.answers import Answers, OptionSymbols
 from icl_markup.episodes import Demo, Episode, Option, Query
 from icl_markup.errors import PromptError
 from icl_markup.layout import Layout
-from icl_markup.prompt import Piece, Prompt, Slot
-from icl_markup.segments import HEAD
+from icl_markup.prompt import HEAD, Piece, Prompt, Slot
 from icl_markup.template import Node, Template
 from icl_markup.text import TextEncoder, is_encodable
 
-Answers = Literal["symbols", "names"]
 LONGEST_KEPT = 4096
 """The ids of texts of at most so many characters are kept for prompts to come, those of some thousand texts."""
 
@@ -212,24 +210,31 @@ class Markup:
         return self._encode(f" {text.strip()}" if self._spaced_text else text.strip())
 
     def _opened(
-        self, options: tuple[Option, ...], demos: tuple[Demo, ...], caps: tuple[int | None, ...], task: str
+        self,
+        options: tuple[Option, ...],
+        demos: tuple[Demo, ...],
+        caps: tuple[int | None, ...],
+        task: str,
+        shows_options: bool,
     ) -> _Assembly:
         """Write what stands before the queries; prompts of the same options and demonstrations have it in common."""
         out = _Assembly(self, options)
         template = self.template
         out.section(template.head, {"task": task})
-        for i, option in enumerate(options):
+        for i, option in enumerate(options if shows_options else ()):
             out.begin(i + 1)
             out.section(
                 template.option, {"name": option.name, "description": option.description or option.name}, option=i
             )
-        for demo, cap in zip(demos, caps, strict=True):
-            out.begin(out.segment + 1)
+        for i, (demo, cap) in enumerate(zip(demos, caps, strict=True)):
+            out.begin(len(options) + 1 + i)
             out.section(template.demo, {"text": demo.text}, option=demo.answer, cap=cap)
         return out
 
     def _assemble(self, episode: Episode, caps: Sequence[int | None]) -> Prompt:
-        out = self._opening(episode.options, episode.demos, tuple(caps), episode.task_description).copied()
+        out = self._opening(
+            episode.options, episode.demos, tuple(caps), episode.task_description, episode.shows_options
+        ).copied()
         template = self.template
         for number, query in enumerate(episode.queries, start=1):
             out.begin(-number)
@@ -350,7 +355,9 @@ class _Assembly:
                 self.space = False
                 self._add("tag", self.markup._tag_ids[node.value])
             elif node.kind == "text":
-                self._literal(node.value.rstrip() if place == ends else node.value)
+                # Spaces before a tag and at the end were asked for, or the template would not have kept them.
+                whole = place == len(nodes) or nodes[place].kind == "tag"
+                self._literal(node.value.rstrip() if place == ends else node.value, whole)
             elif node.value == "label":
                 self._slot(query) if query else self._answer(option)
             elif node.value == "symbol" and option is not None:
@@ -358,14 +365,15 @@ class _Assembly:
             else:
                 self._value(values[node.value], cap if node.value == "text" else None)
 
-    def _literal(self, text: str) -> None:
+    def _literal(self, text: str, whole: bool) -> None:
+        """Write text of the template; the space at its end goes into the next value's tokens unless it is `whole`."""
         if self.markup.layout.trims and all(piece.kind == "special" for piece in self.pieces):
             text = text.lstrip()
         if not text:
             return
         if self.space:
             text = " " + text.removeprefix(" ")
-        self.space = text.endswith(" ")
+        self.space = text.endswith(" ") and not whole
         self._add("text", self.markup._encode(text[:-1] if self.space else text))
 
     def _value(self, value: str, cap: int | None) -> None:

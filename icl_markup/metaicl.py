@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 
@@ -26,7 +25,7 @@ from icl_markup.backbone import Backbone
 from icl_markup.chat import NO_CHAT
 from icl_markup.checkpoint import Progress, drop_checkpoint, has_checkpoint, load_checkpoint, save_checkpoint
 from icl_markup.config import to_dict
-from icl_markup.episodes import Episode, EpisodeConfig, EpisodeSampler
+from icl_markup.episodes import Episode, EpisodeSampler
 from icl_markup.errors import WarmupError
 from icl_markup.evaluation import answer_queries
 from icl_markup.files import append_line
@@ -37,7 +36,7 @@ from icl_markup.metaicl_model import DETAILS, Trainee, check_whole, load_metaicl
 from icl_markup.model import MarkupModel
 from icl_markup.readers import read_task, without_storage
 from icl_markup.run_folder import METRICS, open_output, writing
-from icl_markup.stream import Position, PromptStream, Step, check_padding
+from icl_markup.stream import Position, PromptStream, Step, check_padding, prompts_of
 from icl_markup.tasks import Task
 from icl_markup.template import Template
 
@@ -158,6 +157,7 @@ class _Run:
             batch_tokens=plan.batch_tokens,
             batches_per_step=plan.batches_per_step,
             padded_length=twin.padded_length,
+            tokens=self.model.tokens_of,
         )
         self.optimizer = torch.optim.AdamW(self.trainee.weights, lr=config.peak_rate, weight_decay=config.weight_decay)
         self.scheduler = get_scheduler(
@@ -243,17 +243,16 @@ class _Run:
     def _step(self, step: Step) -> dict[str, Any]:
         all_slots = self.config.supervise == "all"
         items = [item for batch in step.batches for item in batch]
-        total_slots = sum(1 for item in items for slot in item.prompt.slots if all_slots or slot.is_query)
+        total_slots = sum(item.slots(all_slots=all_slots) for item in items)
         loss_sum, right, positions = 0.0, 0, 0
-        tokens = sum(len(item.prompt.ids) for item in items)
+        tokens = sum(item.tokens for item in items)
         for batch in step.batches:
-            prompts = [item.prompt for item in batch]
-            terms = self.model.loss_terms(prompts, [item.episode for item in batch], all_slots)
-            loss = F.cross_entropy(terms.scores, terms.targets, reduction="sum", ignore_index=-1) / total_slots
+            terms = self.model.loss_terms(*prompts_of(batch), all_slots)
+            loss = terms.loss(self.config.optimiser.name_share) / total_slots
             self.scaler.scale(loss).backward()
             loss_sum += float(loss.detach())
             right += int((terms.scores.argmax(-1) == terms.targets).sum())
-            positions += self.trainee.backbone.padded_length(max(len(p.ids) for p in prompts)) * len(prompts)
+            positions += self.trainee.backbone.padded_length(max(item.tokens for item in batch)) * len(batch)
         if not math.isfinite(loss_sum):
             self._fail_on("loss", loss_sum)
         self.scaler.unscale_(self.optimizer)
@@ -275,8 +274,8 @@ class _Run:
             "slots": total_slots,
             "tokens": tokens,
             "padding": 1 - tokens / positions,
-            "shortened": sum(item.prompt.shortened for item in items),
-            "dropped": sum(item.prompt.dropped for item in items),
+            "shortened": sum(prompt.shortened for item in items for prompt in item.prompts),
+            "dropped": sum(prompt.dropped for item in items for prompt in item.prompts),
             "skipped": step.skipped,
         }
 
@@ -288,8 +287,7 @@ class _Run:
     def _validation_episodes(self, task: Task) -> list[Episode]:
         """Draw the episodes that a warm-up of tags with this seed validates on."""
         plan = self.config.validation
-        settings = EpisodeConfig(n_way=(plan.n_way, plan.n_way), k_shot=(plan.k_shot, plan.k_shot))
-        sampler = EpisodeSampler([task], settings, seed=self.config.seed)
+        sampler = EpisodeSampler([task], plan.episode_config, seed=self.config.seed)
         return [sampler.episode(0, i) for i in range(plan.episodes)]
 
     def _validate(self) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from icl_markup.answers import AnswersChoice
 from icl_markup.chat import ChatConfig
 from icl_markup.config import require_positive
 from icl_markup.episodes import EpisodeConfig
 from icl_markup.errors import ConfigError
 from icl_markup.loading import BackboneConfig
-from icl_markup.markup import Answers
 from icl_markup.readers import TaskSource
 from icl_markup.warmup_config import OptimiserConfig, ValidationConfig, WarmupConfig
 
@@ -66,13 +66,13 @@ class MetaIclConfig:
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     """The language model that a copy of is trained."""
 
-    template: str = "plain_seen_01"
+    template: str = "plain_letters_text_label"
     """The name or path of a template in plain words."""
 
-    answers: Answers = "symbols"
-    """Read option symbols at the slot, or score whole label names."""
+    answers: AnswersChoice = "auto"
+    """Read option symbols at the slot, or score whole label names; auto: what the template shows."""
 
-    length_normalised: bool = True
+    length_normalised: bool = False
     """With names: score by the mean log-probability of a name's tokens instead of the sum."""
 
     chat: ChatConfig = field(default_factory=ChatConfig)

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from icl_markup.answers import AUTO, Answers, AnswersChoice, default_answers, default_template
 from icl_markup.backbone import Backbone
 from icl_markup.backbone_checks import check_lookups
 from icl_markup.batching import Batch
@@ -18,10 +21,11 @@ from icl_markup.devices import to_device
 from icl_markup.episodes import Demo, Episode, Option, Query
 from icl_markup.errors import PromptError, nearest
 from icl_markup.loading import BackboneConfig
-from icl_markup.markup import Answers, Markup
+from icl_markup.markup import Markup
 from icl_markup.models import DEFAULT
-from icl_markup.names import name_scores
+from icl_markup.names import name_scores, name_tokens
 from icl_markup.prefixes import PrefixCache
+from icl_markup.priors import Prior, log_probs_of, names_of
 from icl_markup.prompt import Prompt
 from icl_markup.scoring import QueryScores, score_queries
 from icl_markup.tags import Initialisation, Tag, TagTable, initial_rows
@@ -57,10 +61,11 @@ class MarkupModel:
 
     Args:
         backbone: the frozen model.
-        template: the template, or its name or path.
+        template: the template, or its name or path; ``auto``: the default markup that goes with the answers.
         vectors: the tags' soft tokens by name, each of shape (width, embedding width); tags that it lacks
             (all, by default) are initialised.
-        answers: ``symbols``: read the options' letters at the slot; ``names``: score whole label names.
+        answers: ``symbols``: read the options' letters at the slot; ``names``: score whole label names; ``auto``: what
+            the template shows, or with the template ``auto`` what suits the backbone (`default_answers`).
         length_normalised: with ``names``, score by the mean log-probability of a token instead of the sum.
         initialisation: how tags without vectors are initialised.
         seed: seeds that.
@@ -81,17 +86,17 @@ class MarkupModel:
     def __init__(
         self,
         backbone: Backbone,
-        template: Template | str | Path = "markup",
+        template: Template | str | Path = AUTO,
         vectors: dict[str, Tensor] | None = None,
         *,
-        answers: Answers = "symbols",
-        length_normalised: bool = True,
+        answers: AnswersChoice = "auto",
+        length_normalised: bool = False,
         initialisation: Initialisation = "description",
         seed: int = 0,
         chat: ChatConfig | ChatFrame | None = None,
     ):
         self.backbone = backbone
-        self.template = template if isinstance(template, Template) else Template.load(template)
+        self.template, answers = _settled(backbone, template, answers)
         self.length_normalised = length_normalised
         self.prefixes = PrefixCache()
         self.origin: TagFile | None = None
@@ -108,7 +113,7 @@ class MarkupModel:
 
     @classmethod
     def untrained(
-        cls, backbone: str | BackboneConfig = DEFAULT, template: str | Path = "markup", **options: Any
+        cls, backbone: str | BackboneConfig = DEFAULT, template: str | Path = AUTO, **options: Any
     ) -> MarkupModel:
         """Load a backbone by folder, hub name or configuration, with fresh tags of `template`.
 
@@ -231,16 +236,25 @@ class MarkupModel:
         """Return differentiable scores of every supervised slot of prompts that `markup` (by default ours) composed."""
         markup = markup or self.markup
         if markup.answers == "names":
-            scores = name_scores(self.backbone, markup, prompts, episodes, self.table, self.length_normalised)
+            found = name_scores(self.backbone, markup, prompts, episodes, self.table)
+            means = found.sums / found.lengths
             answers = [slot.answer for prompt in prompts for slot in prompt.slots]
-            targets = torch.tensor([-1 if answer is None else answer for answer in answers], device=scores.device)
-            return SlotScores(scores, targets, torch.ones_like(targets, dtype=torch.bool))
+            targets = torch.tensor([-1 if answer is None else answer for answer in answers], device=means.device)
+            right = means.gather(1, targets.clamp(min=0)[:, None])[:, 0]
+            scores = means if self.length_normalised else found.sums
+            return SlotScores(scores, targets, torch.ones_like(targets, dtype=torch.bool), right)
         length = max(len(prompt.ids) for prompt in prompts)
         if torch.is_grad_enabled():
             length = self.backbone.padded_length(length)
         batch = Batch.of_prompts(prompts, self.pad_id, all_slots=all_slots, length=length)
         scores = self.backbone.candidate_logits(batch, self.table)
         return SlotScores(scores, to_device(batch.targets, scores.device), batch.is_query)
+
+    def tokens_of(self, prompts: Sequence[Prompt], episode: Episode) -> int:
+        """Return how many tokens are computed for prompts of one episode that are computed together."""
+        if self.answers == "names":
+            return name_tokens(self.backbone, self.markup, prompts, episode)
+        return sum(len(prompt.ids) for prompt in prompts)
 
     @property
     def pad_id(self) -> int:
@@ -284,6 +298,7 @@ class MarkupModel:
         *,
         none_of_the_above: bool = False,
         task_description: str = "",
+        calibration: Prior = "none",
         batch_tokens: int = 2048,
     ) -> list[Prediction]:
         """Classify texts, given label names and, optionally, demonstrations; nothing is trained.
@@ -294,6 +309,7 @@ class MarkupModel:
             demos: pairs of text and label.
             none_of_the_above: offer that as a last option.
             task_description: for templates with the field ``{task}``.
+            calibration: how the prior of the labels is found, which is divided out (`icl_markup.priors`).
             batch_tokens: the most tokens a batch may hold, padding included.
 
         Returns:
@@ -309,16 +325,17 @@ class MarkupModel:
             return []
         queries = tuple(Query(text) for text in texts)
         asked = Episode(episode.options, episode.demos, queries, "", task_description)
-        return self.predictions(asked, batch_tokens)
+        return self.predictions(asked, batch_tokens, calibration)
 
-    def predictions(self, episode: Episode, batch_tokens: int = 2048) -> list[Prediction]:
-        """Answer every query of an episode, one `Prediction` each; errors as in `classify`."""
-        names = [option.name for option in episode.options]
+    def predictions(self, episode: Episode, batch_tokens: int = 2048, calibration: Prior = "none") -> list[Prediction]:
+        """Answer every query of an episode, one `Prediction` each; arguments and errors as in `classify`."""
+        [found] = log_probs_of(self, [episode], calibration, batch_tokens)
+        names = names_of(episode)
         answers = []
-        for query, found in zip(episode.queries, self.scores([episode], batch_tokens)[0], strict=True):
-            probabilities = dict(zip(names, found.scores.double().softmax(-1).tolist(), strict=True))
+        for i, query in enumerate(episode.queries):
+            probabilities = dict(zip(names, np.exp(found.log_probs[i]).tolist(), strict=True))
             label = max(names, key=probabilities.__getitem__)
-            answers.append(Prediction(query.text, label, probabilities, found.shortened, found.dropped))
+            answers.append(Prediction(query.text, label, probabilities, found.shortened[i], found.dropped[i]))
         return answers
 
     @staticmethod
@@ -357,11 +374,35 @@ class SlotScores:
         scores: (slots, most options), fp32; -inf where a slot has fewer options.
         targets: the right option of each slot, -1 where it is unknown, (slots,).
         is_query: which slots are queries', (slots,), bool.
+        right: with names, the mean log-probability of the right name's tokens, (slots,); else None.
     """
 
     scores: Tensor
     targets: Tensor
     is_query: Tensor
+    right: Tensor | None = None
+
+    def loss(self, name_share: float) -> Tensor:
+        """Return the loss, summed over the slots whose answer is known.
+
+        It is the cross-entropy over the options, and with names `name_share` times the right name's own loss besides:
+        the contrast alone leaves the model free to find all names unlikely.
+        """
+        contrast = F.cross_entropy(self.scores, self.targets, reduction="sum", ignore_index=-1)
+        if self.right is None or not name_share:
+            return contrast
+        return contrast - name_share * self.right[self.targets >= 0].sum()
+
+
+def _settled(backbone: Backbone, template: Template | str | Path, answers: AnswersChoice) -> tuple[Template, Answers]:
+    """Return the template and the answers that ``auto`` stands for."""
+    if template == AUTO:
+        settled = default_answers(backbone.kind, backbone.parameters) if answers == "auto" else answers
+        return Template.load(default_template(settled)), settled
+    found = template if isinstance(template, Template) else Template.load(template)
+    if answers == "auto":
+        return found, "symbols" if found.shows_symbols else "names"
+    return found, answers
 
 
 def _table(backbone: Backbone, tags: Sequence[Tag], initialisation: Initialisation, seed: int) -> TagTable:

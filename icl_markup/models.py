@@ -14,8 +14,6 @@ from importlib import metadata
 from pathlib import Path
 
 from icl_markup.cache import cache_folder, made_once
-from icl_markup.embedded import NAME as EMBEDDED
-from icl_markup.embedded import resolve as embedded_folder
 from icl_markup.errors import BackboneError
 from icl_markup.gguf import SUFFIX, dequantized, folder_of, is_gguf, transformers_folder
 
@@ -175,8 +173,6 @@ def resolve(name: str, revision: str | None = None) -> str:
     Raises:
         BackboneError: a GGUF file cannot be read, or parts of a named model are missing or damaged.
     """
-    if name == EMBEDDED:
-        return embedded_folder(name)
     if name in MODELS:
         return _resolve_named(MODELS[name])
     if is_gguf(name) and not Path(name).is_dir():

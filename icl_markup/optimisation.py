@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import get_scheduler
 
 from icl_markup.model import MarkupModel
-from icl_markup.stream import Step
+from icl_markup.stream import Step, prompts_of
 from icl_markup.warmup_config import OptimiserConfig
 
 
@@ -111,6 +110,7 @@ class TagOptimiser:
         self.model = model
         self.table = model.table
         self.all_slots = all_slots
+        self.name_share = plan.name_share
         self.clip = plan.gradient_clip
         self.accelerator = accelerator
         self.raw = torch.optim.AdamW([self.table.rows], lr=learning_rate, weight_decay=0.0)
@@ -144,12 +144,12 @@ class TagOptimiser:
         """
         accelerator = self.accelerator
         items = [item for batch in step.batches for item in batch]
-        slots = sum(1 for item in items for slot in item.prompt.slots if self.all_slots or slot.is_query)
+        slots = sum(item.slots(all_slots=self.all_slots) for item in items)
         sums = torch.zeros(3, device=self.table.rows.device)
         sums[2].fill_(float(stop))
         for batch in step.batches[accelerator.process_index :: accelerator.num_processes]:
-            terms = self.model.loss_terms([i.prompt for i in batch], [i.episode for i in batch], self.all_slots)
-            loss = F.cross_entropy(terms.scores, terms.targets, reduction="sum", ignore_index=-1) / slots
+            terms = self.model.loss_terms(*prompts_of(batch), self.all_slots)
+            loss = terms.loss(self.name_share) / slots
             accelerator.backward(loss)
             sums[0] += loss.detach().float()
             sums[1] += (terms.scores.argmax(-1) == terms.targets).sum()
@@ -161,9 +161,9 @@ class TagOptimiser:
         known = {
             "learning_rate": self.scheduler.get_last_lr()[0],
             "slots": slots,
-            "tokens": sum(len(item.prompt.ids) for item in items),
-            "shortened": sum(item.prompt.shortened for item in items),
-            "dropped": sum(item.prompt.dropped for item in items),
+            "tokens": sum(item.tokens for item in items),
+            "shortened": sum(prompt.shortened for item in items for prompt in item.prompts),
+            "dropped": sum(prompt.dropped for item in items for prompt in item.prompts),
             "skipped": step.skipped,
         }
         self._prepared.step()
@@ -175,4 +175,4 @@ class TagOptimiser:
 
     def _positions(self, batches: Sequence[Sequence[Any]]) -> int:
         padded = self.model.backbone.padded_length
-        return sum(padded(max(len(item.prompt.ids) for item in batch)) * len(batch) for batch in batches)
+        return sum(padded(max(item.tokens for item in batch)) * len(batch) for batch in batches)

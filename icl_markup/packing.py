@@ -80,12 +80,14 @@ class Grown:
 
     Attributes:
         tree: the tree.
-        branches: for each branch what the model's head is given at its ids, (ids, hidden width).
+        trunk: what the model's head is given at the trunk's ids, (ids, hidden width).
+        branches: the same for each branch.
         layers: keys and values of the whole sequence that the tree was part of.
         start: where its trunk stands in them.
     """
 
     tree: Tree
+    trunk: Tensor
     branches: list[Tensor]
     layers: list[tuple[Tensor, Tensor]]
     start: int
@@ -132,7 +134,7 @@ def grow(backbone: Backbone, table: TagTable | None, trees: Sequence[Tree]) -> l
     else:
         columns = torch.tensor([n for n, past in enumerate(pasts) for _ in past.ids], dtype=torch.long, device=device)
         allowed = (tree_of[:, None] == tree_of) & ((branch_of == TRUNK) | (branch_of[:, None] == branch_of))
-        mask = _mask(backbone, torch.cat([root_of[:, None] == columns, allowed.tril()], dim=1))
+        mask = attention_mask(backbone, torch.cat([root_of[:, None] == columns, allowed.tril()], dim=1)[None])
     cache = _cache(pasts)
     inputs: dict[str, Any] = {
         "input_ids": torch.tensor([ids], device=device),
@@ -149,19 +151,21 @@ def grow(backbone: Backbone, table: TagTable | None, trees: Sequence[Tree]) -> l
     grown, start = [], 0
     for tree in trees:
         parts = hidden[start : start + tree.tokens].split([len(tree.trunk), *map(len, tree.branches)])
-        grown.append(Grown(tree, list(parts[1:]), layers, seen + start))
+        grown.append(Grown(tree, parts[0], list(parts[1:]), layers, seen + start))
         start += tree.tokens
     return grown
 
 
-def _mask(backbone: Backbone, allowed: Tensor) -> Tensor:
-    """Return (ids, columns) in the form that the attention takes: (1, 1, ids, columns), bool or added to logits."""
+def attention_mask(backbone: Backbone, allowed: Tensor) -> Tensor:
+    """Return which ids see which, bool (rows, ids, columns), in the form that the backbone's attention takes.
+
+    That is (rows, 1, ids, columns): bool, or added to logits.
+    """
     if attention_of(backbone) == "sdpa":
-        return allowed[None, None]
+        return allowed[:, None]
     dtype = backbone.model.dtype
-    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, torch.finfo(dtype).min)[
-        None, None
-    ]
+    zeros = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+    return zeros.masked_fill(~allowed, torch.finfo(dtype).min)[:, None]
 
 
 def attention_of(backbone: Backbone) -> str:

@@ -175,7 +175,7 @@ def _target(one: Accelerator | None, here: torch.device) -> Target:
 def _model(config: WarmupConfig, target: Target) -> MarkupModel:
     backbone = Skeleton.build(config.backbone, target)
     # Tags near descriptions would take as many rows.
-    return Start.of(config, None).model(replace(config, initialisation="normal"), backbone)
+    return Start.of(config, backbone, compares=False).model(replace(config, initialisation="normal"), backbone)
 
 
 def _parameters(model: MarkupModel) -> Parameters:

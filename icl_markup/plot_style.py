@@ -33,7 +33,6 @@ DPI = 110
 # the members of a family apart. Its yellow is too light for lines on white.
 _FAMILIES = {
     "plain": "#0072B2",
-    "plain_seen": "#7FB2D6",
     "tags": "#D55E00",
     "tags_untrained": "#E69F00",
     "prompt_tuning": "#CC79A7",

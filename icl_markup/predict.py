@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from icl_markup.episodes import Episode, Query
 from icl_markup.errors import MarkupError, PromptError
 from icl_markup.model import MarkupModel
+from icl_markup.priors import Prior
 from icl_markup.rows import KINDS, rows_of
 from icl_markup.text import is_encodable
 
@@ -135,7 +136,9 @@ class _Chunks:
             yield chunk
 
 
-def ask_model(model: MarkupModel, episode: Episode, batch_tokens: int, top: int | None = None) -> Ask:
+def ask_model(
+    model: MarkupModel, episode: Episode, batch_tokens: int, top: int | None = None, calibration: Prior = "none"
+) -> Ask:
     """Return a function that asks a model with one episode's options and demonstrations.
 
     Args:
@@ -143,6 +146,7 @@ def ask_model(model: MarkupModel, episode: Episode, batch_tokens: int, top: int 
         episode: options and demonstrations; its queries are ignored.
         batch_tokens: the most tokens of one forward pass, padding included.
         top: give the probabilities of so many labels, the largest first; None: of all, in their order.
+        calibration: how the prior of the labels is found, which is divided out (`icl_markup.priors`).
     """
 
     def ask(texts: list[str]) -> list[Answer]:
@@ -150,7 +154,8 @@ def ask_model(model: MarkupModel, episode: Episode, batch_tokens: int, top: int 
             if not text.strip():
                 raise PromptError("the text is empty")
         answers = []
-        for found in model.predictions(replace(episode, queries=tuple(map(Query, texts))), batch_tokens):
+        asked = replace(episode, queries=tuple(map(Query, texts)))
+        for found in model.predictions(asked, batch_tokens, calibration):
             answer: Answer = {"label": found.label, "probabilities": largest(found.probabilities, top)}
             if found.shortened or found.dropped:
                 answer |= {"shortened_demonstrations": found.shortened, "dropped_demonstrations": found.dropped}

@@ -7,17 +7,20 @@ from functools import cached_property
 from itertools import chain
 from typing import NamedTuple
 
+HEAD = 0
+"""The segment of special tokens, the template's head and its tail."""
+
 
 class Piece(NamedTuple):
     """Consecutive ids of one origin: special, tag, text (of the template), value (of a user), symbol or slot.
 
-    `segment` says which part of the prompt they belong to: 0 the head, the tail and special tokens, 1, 2, … options
-    and demonstrations, -1, -2, … queries.
+    `segment` says which part of the prompt they belong to: `HEAD`, or 1, 2, … options and demonstrations, or
+    -1, -2, … queries.
     """
 
     kind: str
     ids: tuple[int, ...]
-    segment: int = 0
+    segment: int = HEAD
 
 
 @dataclass(frozen=True)
@@ -53,13 +56,3 @@ class Prompt:
     def ids(self) -> tuple[int, ...]:
         """All ids, tags' ids among them (those lie beyond the vocabulary's rows)."""
         return tuple(chain.from_iterable(piece.ids for piece in self.pieces))
-
-    @cached_property
-    def segments(self) -> tuple[int, ...]:
-        """The segment of each id."""
-        return tuple(piece.segment for piece in self.pieces for _ in piece.ids)
-
-    @cached_property
-    def anchors(self) -> tuple[bool, ...]:
-        """Which ids are option symbols or slots."""
-        return tuple(piece.kind in ("symbol", "slot") for piece in self.pieces for _ in piece.ids)

@@ -13,7 +13,6 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, HfApi
 
 from icl_markup.card import PLACE, backbone_name
-from icl_markup.embedded import NAME as EMBEDDED
 from icl_markup.errors import ConfigError, TagFileError
 from icl_markup.gguf import is_gguf, on_hub
 from icl_markup.hub import CARD, HUB_ERRORS, LIBRARY, explain, is_hub_name
@@ -167,7 +166,7 @@ def _backbone(name: str, given: str, api: HfApi) -> dict[str, Any]:
             with _asked(f"backbone {name}: its commit was not found", name):
                 revision = api.model_info(name).sha or ""
         return {"name": name, "revision": revision}
-    known = name == EMBEDDED or name in MODELS or (on_hub(name) is not None and not Path(name).is_file())
+    known = name in MODELS or (on_hub(name) is not None and not Path(name).is_file())
     local = (
         Path(name).is_dir()
         or PureWindowsPath(name).is_absolute()

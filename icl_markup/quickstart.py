@@ -1,7 +1,12 @@
-"""The quickstart: tags warmed up on the embedded sample tasks, measured on sample tasks that they never saw."""
+"""The quickstart: tags warmed up on sample tasks, measured on sample tasks that they never saw.
+
+A minute of training is too short for tags that begin with words. So the quickstart begins with the tags that ship with
+the package, if there are any for its backbone, and trains them further.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -24,22 +29,27 @@ from icl_markup.evaluation import Estimate, answer_queries, chance, draw_episode
 from icl_markup.model import MarkupModel
 from icl_markup.readers import TaskSource, read_task
 from icl_markup.results import result_row, write_rows
+from icl_markup.run_folder import METRICS
 from icl_markup.tasks import Task
 from icl_markup.template import shipped_templates
 from icl_markup.warmup import WarmupResult, run_warmup
 from icl_markup.warmup_config import WarmupConfig
+from icl_markup.zoo import zoo_folder
 
-N_WAY, K_SHOT = 5, 1
+N_WAY, K_SHOT, QUERIES = 5, 1, 5
+
+WORDINGS = 6
+"""Wordings that are measured, of those in the package: each costs as much as the tags."""
 
 
 def run_quickstart(
-    folder: Path, *, episodes: int = 80, overrides: tuple[str, ...] = (), rows: Path | None = None
+    folder: Path, *, episodes: int = 4, overrides: tuple[str, ...] = (), rows: Path | None = None
 ) -> None:
     """Warm tags up, compare them with plain words, and say how to use them.
 
     Args:
         folder: where the run goes; an earlier quickstart there is replaced.
-        episodes: episodes an unseen task.
+        episodes: episodes of five queries an unseen task.
         overrides: changes to the warm-up's configuration, as on the command line.
         rows: a JSONL file to append the table's rows to.
 
@@ -50,16 +60,22 @@ def run_quickstart(
     began = time.monotonic()
     config = _config(folder, overrides)
     console.print(
-        f"Warming up the tags of template [bold]{escape(config.template)}[/] on {len(config.tasks)} sample tasks; the "
+        f"Warming up tags for [bold]{escape(config.backbone.name)}[/] on {len(config.tasks)} sample tasks; the "
         "language model stays frozen."
     )
+    for name in config.start_from:
+        console.print(
+            f"A minute is too short to begin from nothing: they begin as the tags {name!r} of the package, which were "
+            "warmed up on other tasks, and are trained further."
+        )
     _clear(folder)
     result = run_warmup(config)
+    _say_what_was_learned(console, result.folder.parent / METRICS)
     methods = _methods(result.model)
     tasks = [read_task(path) for path in sample_folders("unseen")]
     console.print(
-        f"\nMeasuring on {len(tasks)} unseen tasks, {episodes} episodes each: {N_WAY} options, {K_SHOT} demonstration "
-        "a label."
+        f"\nMeasuring on {len(tasks)} unseen tasks, {episodes} episodes of {QUERIES} texts each: {N_WAY} options, "
+        f"{K_SHOT} demonstration a label."
     )
     measured = [_measure(task, methods, episodes) for task in tqdm(tasks, desc="unseen tasks", unit="task")]
     console.print(_table(measured, len(methods["plain"])))
@@ -70,7 +86,7 @@ def run_quickstart(
 
 @dataclass(frozen=True)
 class _Measured:
-    """One task's answers: which were right, by method, of shape (variants, episodes)."""
+    """One task's answers: which were right, by method, of shape (variants x queries, episodes)."""
 
     task: str
     guess: float
@@ -81,24 +97,32 @@ def _config(folder: Path, overrides: tuple[str, ...]) -> WarmupConfig:
     config = load_config(WarmupConfig, quickstart_config(), ["--output", str(folder), *overrides])
     validating = {source.path for source in config.validation_tasks}
     sources = {path.name: TaskSource(str(path)) for path in sample_folders("warmup")}
+    shipped = [config.backbone.name] if zoo_folder(config.backbone.name) else []
     return replace(
         config,
+        start_from=config.start_from or shipped,
         tasks=[source for name, source in sources.items() if name not in validating],
         validation_tasks=[source for name, source in sources.items() if name in validating],
     )
 
 
 def _methods(model: MarkupModel) -> dict[str, list[MarkupModel]]:
+    answers = model.answers
+    wordings = shipped_templates("plain_words" if answers == "names" else "plain_letters")
+    wordings = wordings[:: max(1, len(wordings) // WORDINGS)][:WORDINGS]
     return {
-        "plain": [MarkupModel(model.backbone, name) for name in shipped_templates("plain_heldout")],
-        "tags_untrained": [MarkupModel(model.backbone, model.template)],
+        "plain": [MarkupModel(model.backbone, name, answers=answers) for name in wordings],
+        "tags_untrained": [MarkupModel(model.backbone, model.template, answers=answers)],
         "tags": [model],
     }
 
 
 def _measure(task: Task, methods: dict[str, list[MarkupModel]], episodes: int) -> _Measured:
-    drawn = draw_episodes(task, n_way=N_WAY, k_shot=K_SHOT, episodes=episodes, seed=0)
-    correct = {name: np.stack([answer_queries(m, drawn).correct for m in models]) for name, models in methods.items()}
+    drawn = draw_episodes(task, n_way=N_WAY, k_shot=K_SHOT, episodes=episodes, seed=0, queries=QUERIES)
+    correct = {
+        name: np.concatenate([answer_queries(m, drawn).correct.reshape(episodes, QUERIES).T for m in models])
+        for name, models in methods.items()
+    }
     return _Measured(task.name, chance(drawn).mean, correct)
 
 
@@ -116,7 +140,7 @@ def _table(measured: list[_Measured], wordings: int) -> Table:
 
 
 def _cells(one: _Measured) -> list[str]:
-    wordings = one.correct["plain"].mean(axis=1)
+    wordings = one.correct["plain"].reshape(-1, QUERIES, one.correct["plain"].shape[1]).mean(axis=(1, 2))
     return [
         one.task,
         f"{100 * one.guess:.1f}",
@@ -153,6 +177,15 @@ def _rows(
             trainable_parameters=0 if table is None else table.rows.numel(),
             command=f"icl-markup quickstart --episodes {episodes} --steps {config.optimiser.steps}",
         )
+
+
+def _say_what_was_learned(console: Console, metrics: Path) -> None:
+    """Say how the loss fell: the mean over the first third of the steps, and over the last."""
+    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    part = max(1, len(losses) // 3)
+    first, last = float(np.mean(losses[:part])), float(np.mean(losses[-part:]))
+    console.print(f"Training loss: {first:.2f} in the first {part} steps, {last:.2f} in the last {part}.")
 
 
 def _say_how_to_go_on(console: Console, result: WarmupResult, seconds: float) -> None:

@@ -23,7 +23,6 @@ _METHODS = (
     "majority",
     "label_names",
     "plain",
-    "plain_seen",
     "tags_untrained",
     "tags",
     "prompt_tuning",

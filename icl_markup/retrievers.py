@@ -102,9 +102,8 @@ class EmbeddingRetriever:
 class BackboneRetriever(EmbeddingRetriever):
     """Cosine of mean hidden states of the backbone itself: it needs no other model.
 
-    In a backbone that reads by segments the states are those above its local layers, which read a text by itself; in
-    others the last ones (of the encoder, where there is one). From these their mean over the stored texts is taken
-    off: hidden states of language models share a large common part (Mu & Viswanath 2018, "All-but-the-Top").
+    The states are the last ones, of the encoder if there is one. Their mean over the stored texts is subtracted:
+    hidden states of language models share a large common part (Mu & Viswanath 2018, "All-but-the-Top").
 
     Args:
         backbone: the frozen model.
@@ -136,7 +135,7 @@ class BackboneRetriever(EmbeddingRetriever):
         """Return the mean hidden state of each text, (texts, hidden width)."""
         backbone = self.backbone
         layout, pad = backbone.layout, backbone.tokenizer.pad_token_id or 0
-        room = backbone.reading_length - len(layout.prefix) - len(layout.suffix)
+        room = backbone.max_length - len(layout.prefix) - len(layout.suffix)
         lines = [[*layout.prefix, *backbone.encoder.encode(text)[:room], *layout.suffix] for text in texts]
         found: dict[int, NDArray[Any]] = {}
         for group in cut_by_length([len(line) for line in lines], self.batch_tokens):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from icl_markup.answers import AUTO
 from icl_markup.backbone import Backbone
 from icl_markup.chat import ChatConfig
 from icl_markup.composition import composed
@@ -29,8 +30,8 @@ def load_for(args: argparse.Namespace) -> MarkupModel:
         if args.revision:
             raise PromptError("--revision is that of --tags; give --tags, or leave it away")
         backbone = Backbone.load(_config(args, DEFAULT))
-        return MarkupModel(backbone, args.template or "markup", answers=args.answers, chat=chat_of(args))
-    if args.answers != "symbols":
+        return MarkupModel(backbone, args.template or AUTO, answers=args.answers, chat=chat_of(args))
+    if args.answers != "auto":
         raise PromptError("--tags brings along how it is answered; leave --answers away")
     if args.chat or args.system:
         raise PromptError("--tags brings along the chat that it was warmed up in; leave --chat and --system away")
@@ -73,10 +74,13 @@ def ask_for(args: argparse.Namespace) -> Ask:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise PromptError(f"--{name.replace('_', '-')} {value}: give a number of at least 1")
-    if args.classifier and args.answers != "symbols":
-        raise PromptError("--classifier brings along how it is answered; leave --answers away")
+    if args.classifier and args.answers != "auto":
+        raise PromptError("--classifier brings its own answers; omit --answers")
+    if args.classifier and args.calibration != "none":
+        raise PromptError("--classifier brings its own calibration; omit --calibration")
     if not args.classifier:
-        return ask_model(load_for(args), task_episode(args), args.batch_tokens or 2048, args.top)
+        batch_tokens = args.batch_tokens or 2048
+        return ask_model(load_for(args), task_episode(args), batch_tokens, args.top, args.calibration)
     given = ("tags", "revision", "backbone", "template", "chat", "system", "labels", "task", "demo",
              "none_of_the_above")  # fmt: skip
     for name in given:

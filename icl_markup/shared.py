@@ -9,6 +9,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from icl_markup.answers import AUTO
 from icl_markup.backbone import Backbone
 from icl_markup.chat import ChatConfig
 from icl_markup.composition import composed
@@ -41,7 +42,7 @@ def load_shared(
     Args:
         tags: a tag folder, a hub name, or a list of them; or None.
         config: the backbone, its device and quantisation; an empty name, or None: the tags' own, or the default one.
-        template: the template; None: that of the tags, or ``markup``.
+        template: the template; None: that of the tags, or the default markup.
         seed: the seed of untrained tags.
         chat: the chat of untrained tags; others bring their own along.
 
@@ -63,7 +64,8 @@ def load_shared(
                 found.chat,
             )
         else:
-            state = (Template.load(template or "markup").source, seed, repr(chat or ChatConfig()))
+            source = Template.load(template).source if template else AUTO
+            state = (source, seed, repr(chat or ChatConfig()))
         key = (tags is not None, *state, wanted)
         model = _models.get(key)
         if model is None:
@@ -71,7 +73,7 @@ def load_shared(
             if backbone is None:
                 backbone = _backbones[wanted] = Backbone.load(wanted)
             if found is None:
-                model = MarkupModel(backbone, template or "markup", seed=seed, chat=chat)
+                model = MarkupModel(backbone, template or AUTO, seed=seed, chat=chat)
             else:
                 model = load_model(found, backbone)
             _models[key] = model

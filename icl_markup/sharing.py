@@ -197,11 +197,10 @@ class _Call:
             past, rest = self._past(group)
             if any(self.names[i] for i in group.members):
                 past = self._computed(past, rest, group.keep)
-                for i in group.members:
-                    ids = self.prompts[i].ids
-                    branches = tuple(ids[-1:] + name[:-1] for name in self.names[i])
+                for i in group.members:  # the trunk's last id predicts the first of every name
+                    branches = tuple(name[:-1] for name in self.names[i])
                     owners = tuple((i, option) for option in range(len(branches)))
-                    yield from self._cut(_Unit(Tree(past, ids[len(group.head) : -1], branches), owners))
+                    yield from self._cut(_Unit(Tree(past, self.prompts[i].ids[len(group.head) :], branches), owners))
             else:
                 branches = tuple(self.prompts[i].ids[len(group.head) :] for i in group.members)
                 owners = tuple((i, 0) for i in group.members)
@@ -222,8 +221,9 @@ class _Call:
             yield unit
             return
         if unit.keep or len(tree.trunk) > most // 4:
-            past = self._computed(tree.past, tree.trunk, unit.keep)
-            tree = Tree(past, (), tree.branches)
+            kept = len(tree.trunk) - bool(self.names[unit.owners[0][0]])  # names are read at the trunk's last id
+            past = self._computed(tree.past, tree.trunk[:kept], unit.keep)
+            tree = Tree(past, tree.trunk[kept:], tree.branches)
             most = min(self.most, self.limit - tree.seen)
         start, size = 0, len(tree.trunk)
         for end, branch in enumerate(tree.branches):
@@ -251,14 +251,10 @@ class _Call:
     def _read(self, pack: Sequence[_Unit], grown: Sequence[Grown]) -> Iterator[tuple[tuple[int, int], Tensor]]:
         """Yield the scores of a sequence's branches, each with the prompt and the option it belongs to."""
         owners = [owner for unit in pack for owner in unit.owners]
-        hidden = [part for tree in grown for part in tree.branches]
         if self.names[owners[0][0]]:
-            names = [self.names[i][option] for i, option in owners]
-            targets = torch.tensor([token for name in names for token in name])
-            log_probs = self.backbone.log_probs_at(torch.cat(hidden), targets).split([len(name) for name in names])
-            sums = torch.stack([part.mean() if self.normalised else part.sum() for part in log_probs]).cpu()
-            yield from zip(owners, sums, strict=True)
+            yield from zip(owners, self._name_scores(owners, grown), strict=True)
             return
+        hidden = [part for tree in grown for part in tree.branches]
         slots = [self.prompts[i].slots[-1] for i, _ in owners]
         lengths = [len(self.prompts[i].ids) for i, _ in owners]
         rows = [part[slot.position - n] for part, slot, n in zip(hidden, slots, lengths, strict=True)]
@@ -267,3 +263,20 @@ class _Call:
         logits = self.backbone.logits_at(torch.stack(rows), candidates, torch.ones_like(candidates, dtype=torch.bool))
         for owner, slot, row in zip(owners, slots, logits.cpu(), strict=True):
             yield owner, row[: len(slot.candidates)]
+
+    def _name_scores(self, owners: Sequence[tuple[int, int]], grown: Sequence[Grown]) -> Tensor:
+        """Score names behind trunks; the end of a trunk is one place for all of its names."""
+        names = [self.names[i][option] for i, option in owners]
+        hidden: list[Tensor] = []
+        rows: list[int] = []
+        place = 0
+        for tree in grown:
+            hidden += [tree.trunk[-1:], *tree.branches]
+            end, place = place, place + 1
+            for part in tree.branches:
+                rows += [end, *range(place, place + len(part))]
+                place += len(part)
+        targets = torch.tensor([token for name in names for token in name])
+        log_probs = self.backbone.log_probs_at(torch.cat(hidden), targets, torch.tensor(rows))
+        parts = log_probs.split([len(name) for name in names])
+        return torch.stack([part.mean() if self.normalised else part.sum() for part in parts]).cpu()

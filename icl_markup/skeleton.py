@@ -85,6 +85,11 @@ class Skeleton(Backbone):
         return self.kind == "causal"
 
     @property
+    def shares_names(self) -> bool:
+        """Likewise."""
+        return self.kind == "seq2seq" or self.exactness.limit > 0
+
+    @property
     def runs_on_cpu(self) -> bool:
         """Whether the device that is planned for is a CPU; fake tensors say that they lie on one in any case."""
         return self.target == "cpu"

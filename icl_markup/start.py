@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from icl_markup.ancestry import Ancestry
+from icl_markup.answers import AUTO, AnswersChoice, default_answers, default_template
 from icl_markup.backbone import Backbone
 from icl_markup.compose import gathered, widened
 from icl_markup.errors import ConfigError, TagFileError, WarmupError, nearest
@@ -25,6 +26,7 @@ class Start:
 
     Attributes:
         template: the template, its tags as wide as they are.
+        answers: symbols, names, or auto for what the template shows.
         vectors: the rows of tags that other files bring, by name.
         frozen: the tags that are not trained.
         ancestry: the files; None where there are none.
@@ -32,14 +34,20 @@ class Start:
     """
 
     template: Template
+    answers: AnswersChoice
     vectors: dict[str, Tensor]
     frozen: tuple[str, ...]
     ancestry: Ancestry | None
     checksums: tuple[str, ...]
 
     @classmethod
-    def of(cls, config: WarmupConfig, backbone: Backbone | None) -> Start:
-        """Read what a configuration begins with; without a backbone, files are not compared with it.
+    def of(cls, config: WarmupConfig, backbone: Backbone, *, compares: bool = True) -> Start:
+        """Read what a configuration begins with.
+
+        Args:
+            config: the configuration.
+            backbone: the backbone, by which ``auto`` is settled.
+            compares: whether files are compared with it, for which its weights are needed.
 
         Raises:
             WarmupError: the template has no tags, or none is left to train.
@@ -47,19 +55,20 @@ class Start:
             TagFileError: a file cannot be read, is for another backbone, has none of the template's tags, or clashes
                 with another.
         """
-        template = Template.load(config.template)
+        files = [read_tags(tags) for tags in config.start_from]
+        template, answers = _template(config, files, backbone)
         if template.is_plain:
             raise WarmupError(f"template {template.name!r} has no tags: there is nothing to warm up")
         if config.tag_width is not None:
             template = template.with_width(config.tag_width)
-        files = [read_tags(tags) for tags in config.start_from]
         if not files:
-            return cls(template, {}, _frozen(config, template, {}), None, ())
-        if backbone is not None:
+            return cls(template, answers, {}, _frozen(config, template, {}), None, ())
+        if compares:
             _check_backbone(files, backbone)
         vectors, parents = gathered(files, [tag.name for tag in template.tags])
         return cls(
             widened(template, vectors),
+            answers,
             vectors,
             _frozen(config, template, vectors),
             Ancestry("warm-up", tuple(parents)),
@@ -76,7 +85,7 @@ class Start:
             backbone,
             self.template,
             self.vectors,
-            answers=config.answers,
+            answers=self.answers,
             length_normalised=config.length_normalised,
             initialisation=config.initialisation,
             seed=config.seed,
@@ -91,6 +100,19 @@ class Start:
         names = [tag.name for tag in self.template.tags]
         told = {"trained tags": [name for name in names if name not in self.frozen], "frozen tags": list(self.frozen)}
         return told if self.frozen or self.ancestry else {}
+
+
+def _template(config: WarmupConfig, files: Sequence[TagFile], backbone: Backbone) -> tuple[Template, AnswersChoice]:
+    """Return what a configuration's ``auto`` stands for."""
+    answers = config.answers
+    if answers == "auto" and files:
+        answers = files[0].answers
+    if config.template != AUTO:
+        return Template.load(config.template), config.answers
+    if files:
+        return files[0].template, answers
+    settled = default_answers(backbone.kind, backbone.parameters) if answers == "auto" else answers
+    return Template.load(default_template(settled)), settled
 
 
 def _frozen(config: WarmupConfig, template: Template, vectors: dict[str, Tensor]) -> tuple[str, ...]:

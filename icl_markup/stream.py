@@ -11,7 +11,7 @@ import itertools
 import random
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -27,10 +27,33 @@ from icl_markup.prompt import Prompt
 
 
 class Item(NamedTuple):
-    """A prompt and the episode it was composed from."""
+    """Prompts that are computed together, and the episode they were composed from.
 
-    prompt: Prompt
+    Attributes:
+        prompts: one prompt, or all of an episode's if whole names answer: their context is then read once.
+        episode: the episode.
+        tokens: what they count for in a batch, padding aside.
+    """
+
+    prompts: tuple[Prompt, ...]
     episode: Episode
+    tokens: int
+
+    @property
+    def prompt(self) -> Prompt:
+        """The prompt of an item that has one."""
+        [only] = self.prompts
+        return only
+
+    def slots(self, *, all_slots: bool) -> int:
+        """Return how many slots are trained on: all of the prompts' slots, or their queries' alone."""
+        return sum(all_slots or slot.is_query for prompt in self.prompts for slot in prompt.slots)
+
+
+def prompts_of(items: Sequence[Item]) -> tuple[list[Prompt], list[Episode]]:
+    """Return the prompts of a batch, and the episode of each."""
+    pairs = [(prompt, item.episode) for item in items for prompt in item.prompts]
+    return [prompt for prompt, _ in pairs], [episode for _, episode in pairs]
 
 
 class Position(NamedTuple):
@@ -86,6 +109,7 @@ class PromptStream:
         workers: processes that draw and compose windows ahead of the steps; 0: it is done between steps. The batches
             are the same.
         padded_length: to how many tokens prompts are padded, the longest of so many; the same by default.
+        tokens: what prompts of one episode count for if they are computed together; by default their own lengths.
     """
 
     def __init__(
@@ -98,6 +122,7 @@ class PromptStream:
         batches_per_step: int,
         workers: int = 0,
         padded_length: Callable[[int], int] = int,
+        tokens: Callable[[Sequence[Prompt], Episode], int] | None = None,
     ):
         self.markup = markup
         self.sampler = sampler
@@ -106,6 +131,7 @@ class PromptStream:
         self.batches_per_step = batches_per_step
         self.workers = workers
         self.padded_length = padded_length
+        self.tokens = tokens or (lambda prompts, _episode: sum(len(prompt.ids) for prompt in prompts))
 
     def steps(self, start: Position = Position()) -> Iterator[Step]:  # noqa: B008 (immutable)
         """Yield steps from a position on, without end.
@@ -157,17 +183,17 @@ class PromptStream:
         for position in range(self.window):
             episode = self.sampler.episode(window, position)
             try:
-                items += [Item(p, episode) for p in self.markup.compose_each(episode)]
+                prompts = tuple(self.markup.compose_each(episode))
+                groups = [prompts] if self.markup.answers == "names" else [(prompt,) for prompt in prompts]
+                items += [Item(group, episode, self.tokens(group, episode)) for group in groups]
             except PromptError as error:
                 skipped, reason = skipped + 1, error
         if not items:
             raise PromptError(f"no prompt of a whole window of {self.window} episodes could be composed: {reason}")
-        # Whole names are scored in as many copies of a prompt as there are options.
-        copies = [len(item.episode.options) if self.markup.answers == "names" else 1 for item in items]
-        lengths = [self.padded_length(len(item.prompt.ids)) * count for item, count in zip(items, copies, strict=True)]
-        groups = cut_by_length(lengths, self.batch_tokens)
-        random.Random(f"{self.sampler.seed}/order/{window}").shuffle(groups)
-        return [tuple(items[i] for i in group) for group in groups], skipped
+        lengths = [self.padded_length(item.tokens) for item in items]
+        cut = cut_by_length(lengths, self.batch_tokens)
+        random.Random(f"{self.sampler.seed}/order/{window}").shuffle(cut)
+        return [tuple(items[i] for i in part) for part in cut], skipped
 
 
 class _Windows(Dataset[Window | MarkupError]):

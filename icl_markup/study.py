@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch._subclasses import fake_tensor
-from torch.nn import functional as F
 
 from icl_markup.accelerators import Accelerator, roofline
 from icl_markup.backbone import Backbone
@@ -19,7 +18,7 @@ from icl_markup.model import MarkupModel
 from icl_markup.preparation import prepared
 from icl_markup.replay import Stopwatch
 from icl_markup.skeleton import Skeleton, Target
-from icl_markup.stream import Item
+from icl_markup.stream import Item, prompts_of
 from icl_markup.workload import Curve, Workload
 
 _UNKNOWN = (
@@ -181,12 +180,13 @@ def observed(model: MarkupModel, items: Sequence[Item], all_slots: bool) -> tupl
     backbone = model.backbone
     if backbone.kind == "causal":  # is found out at first use, which is none of the batch's cost
         assert backbone.exactness and backbone.sees_nothing_ahead is not None
+    elif backbone.kind == "seq2seq":
+        assert backbone.shares_names is not None
     ledger = Ledger([*backbone.model.parameters(), *backbone.model.buffers(), *model.table.parameters()])
     try:
         with prepared(backbone) as casts, ledger, _head_noted(backbone, ledger):
             ledger.alive = ledger.peak = ledger.casts = casts
-            terms = model.loss_terms([item.prompt for item in items], [item.episode for item in items], all_slots)
-            loss = F.cross_entropy(terms.scores, terms.targets, reduction="sum", ignore_index=-1)
+            loss = model.loss_terms(*prompts_of(items), all_slots).loss(name_share=1.0)
             alive = (ledger.alive, ledger.casts)
             ledger.phase = "backward"
             loss.backward()

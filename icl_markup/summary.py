@@ -20,7 +20,7 @@ from icl_markup.statistics import compare, holm, interval, spread
 CONFUSED = 12
 """Labels of a confusion matrix: those that are confused most."""
 
-CHOICES = {"plain": "wording", "plain_seen": "wording", "tags": "warm-up seed"}
+CHOICES = {"plain": "wording", "tags": "warm-up seed"}
 """What the variants of a method are an arbitrary choice of."""
 
 OTHERS = "all other labels"

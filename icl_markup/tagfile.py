@@ -20,6 +20,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, float32
 
 from icl_markup.ancestry import Ancestry, Parent
+from icl_markup.answers import Answers
 from icl_markup.backbone import Backbone
 from icl_markup.card import model_card
 from icl_markup.chat import ChatFrame
@@ -28,7 +29,6 @@ from icl_markup.files import read_details, read_regular, replace_folder, sealed
 from icl_markup.fingerprint import Fingerprint
 from icl_markup.hub import CARD, DETAILS, TENSORS, locate
 from icl_markup.loading import BackboneConfig, config_of
-from icl_markup.markup import Answers
 from icl_markup.model import MarkupModel
 from icl_markup.report_rows import parse_row
 from icl_markup.template import Template

@@ -14,8 +14,9 @@ tokens and the description it is initialised from; the other ``@`` lines open a 
     @tail                       once, after everything
 
 ``@head`` and ``@tail`` may use ``{task}``, the task's description. A line break or a run of spaces is one
-space; spaces before a tag are layout and vanish. ``\\n`` writes a newline; a backslash before ``< { @ # \\``
-writes that character itself. A template without tags is a prompt in plain words.
+space; spaces before a tag and after a newline are layout and vanish. ``\\n`` writes a newline, ``\\t`` a tab, and
+``\\s`` a space that stays, so that in ``\\n\\s{name}`` the name has the tokens that it has after a word; a backslash
+before ``< { @ # \\`` writes that character itself. A template without tags is a prompt in plain words.
 """
 
 from __future__ import annotations
@@ -46,8 +47,18 @@ _PIECE = re.compile(
     r"(?P<escape>\\.)|(?P<tag><[A-Za-z][A-Za-z0-9_-]*>)|(?P<field>\{[^{}]*\})|(?P<brace>[{}])|(?P<slash>\\$)"
     r"|(?P<text>[^\\<{}]+|<)"
 )
-_PROTECTED = {"\\n": "\0", "\\t": "\1"}
-_ESCAPES = {"\\n": "\n", "\\t": "\t", "\\\\": "\\", "\\<": "<", "\\{": "{", "\\}": "}", "\\@": "@", "\\#": "#"}
+_PROTECTED = {"\\n": "\0", "\\t": "\1", "\\s": "\2"}
+_ESCAPES = {
+    "\\n": "\n",
+    "\\t": "\t",
+    "\\s": " ",
+    "\\\\": "\\",
+    "\\<": "<",
+    "\\{": "{",
+    "\\}": "}",
+    "\\@": "@",
+    "\\#": "#",
+}
 
 
 @dataclass(frozen=True)
@@ -283,7 +294,7 @@ class _Parser:
 
 
 def _settle_spaces(nodes: list[Node]) -> tuple[Node, ...]:
-    """Merge literal text, fold runs of white space to one space, and drop the spaces before a tag."""
+    """Merge literal text, fold runs of white space to one space, and drop the spaces before a tag and at the end."""
     merged: list[Node] = []
     for node in nodes:
         joins = node.kind == "text" and merged and merged[-1].kind == "text"
@@ -294,9 +305,9 @@ def _settle_spaces(nodes: list[Node]) -> tuple[Node, ...]:
             text = re.sub(r"[ \t]+", " ", node.value)
             if index + 1 < len(merged) and merged[index + 1].kind == "tag":
                 text = text.rstrip(" ")
-            text = text.replace("\0 ", "\0").replace("\0", "\n").replace("\1", "\t")
             if index + 1 == len(merged):
                 text = text.rstrip(" ")
+            text = text.replace("\0 ", "\0").replace("\0", "\n").replace("\1", "\t").replace("\2", " ")
             if text:
                 settled.append(Node("text", text))
         else:

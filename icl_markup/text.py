@@ -43,13 +43,16 @@ class TextEncoder:
                 "convert it with AutoTokenizer(..., use_fast=True) and save it, then use the saved folder"
             )
         self.tokenizer = tokenizer
-        self.reserved_ids = frozenset(tokenizer.all_special_ids) | frozenset(tokenizer.added_tokens_decoder)
+        # Gemma declares its newlines and tabs as added tokens; white space is text all the same.
+        added = tokenizer.added_tokens_decoder.items()
+        blank = {i for i, token in added if not token.special and not token.content.strip()}
+        self.reserved_ids = frozenset(tokenizer.all_special_ids) | (frozenset(i for i, _ in added) - blank)
         self.unknown_id: int | None = tokenizer.unk_token_id
         self._plain = _plain_copy(backend, self.reserved_ids - {self.unknown_id})
         self.marks_spaces = self.encode(" a") != self.encode("a")
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of `text`; none of them is a special or added token (save the unknown token).
+        """Return the ids of `text`; none is a special or added token, save the unknown token and those of white space.
 
         A leading space is significant where the tokenizer marks word starts: ``" yes"`` and ``"yes"`` differ.
         """

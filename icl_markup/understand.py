@@ -44,8 +44,9 @@ def add_commands(commands: Any, *shared: Callable[[argparse.ArgumentParser], Non
     attention = commands.add_parser("attention", help="show where the slot looks, with tags and in plain words")
     for declare in shared:
         declare(attention)
-    attention.add_argument("--against", default="plain_seen_01", metavar="TEMPLATE", help="a template to compare with, "
-                           "by name or path; none: no other (default: plain_seen_01)")  # fmt: skip
+    attention.add_argument("--against", default="plain_letters_text_label", metavar="TEMPLATE",
+                           help="a template to compare with, by name or path; none: no other "
+                           "(default: plain_letters_text_label)")  # fmt: skip
     _add_forms(attention)
     attention.add_argument("texts", nargs=1, metavar="text", help="the text to classify")
     attention.set_defaults(run=run_attention)

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from icl_markup.answers import default_answers, default_template
 from icl_markup.backbone import Backbone
 from icl_markup.baselines import Chance, EmbeddingCentroid, EmbeddingKNN, EmbeddingLogReg, Majority, TfidfLogReg
 from icl_markup.chat import ChatFrame
@@ -33,6 +34,7 @@ from icl_markup.warmup_config import WarmupConfig
 CALIBRATIONS = {
     "contextual": " + contextual calibration",
     "domain": " + domain-context calibration",
+    "unconditional": " + unconditional calibration",
     "batch": " + batch calibration",
 }
 
@@ -102,7 +104,7 @@ def _models(
 ) -> Iterator[tuple[str, list[Any], Callable[[], MarkupModel], int]]:
     """Yield label, what the answers depend on besides the backbone, a function that makes the model, parameters."""
     if method.name in ("plain", "label_names", "tags_untrained"):
-        for name in method.templates or ["markup"]:
+        for name in method.templates or [_default_template(config, backbone)]:
             template = _without(Template.load(name), method.without_tags)
             if template.is_plain != (method.name != "tags_untrained"):
                 has = "has no" if template.is_plain else "has"
@@ -111,7 +113,7 @@ def _models(
                 backbone, template, answers=config.answers, initialisation=method.initialisation, chat=config.chat
             )
             rows = model.table.rows.numel() if model.table else 0
-            made_of = [template.source, config.answers, method.initialisation, method.name, *_chat(model.chat)]
+            made_of = [template.source, model.answers, method.initialisation, method.name, *_chat(model.chat)]
             yield Path(name).stem, made_of, _constant(model), 0 if method.name != "tags_untrained" else rows
         return
     folders = [Path(folder) for folder in method.folders]
@@ -138,6 +140,11 @@ def _models(
                 _constant(model),
                 model.table.rows.numel(),
             )
+
+
+def _default_template(config: ExperimentConfig, backbone: Backbone) -> str:
+    answers = config.answers
+    return default_template(default_answers(backbone.kind, backbone.parameters) if answers == "auto" else answers)
 
 
 def _constant(model: MarkupModel) -> Callable[[], MarkupModel]:

@@ -131,6 +131,7 @@ class _Warmup:
             batches_per_step=plan.batches_per_step,
             workers=(0 if accelerator.device.type == "cpu" else 2) if config.workers is None else config.workers,
             padded_length=model.backbone.padded_length,
+            tokens=model.tokens_of,
         )
         self.scale = _embedding_deviation(model.backbone)
         rate = plan.learning_rate * self.scale
@@ -284,10 +285,9 @@ class _Warmup:
         if not self.validation_tasks:
             return
         plan, state = self.config.validation, self.progress
-        settings = EpisodeConfig(n_way=(plan.n_way, plan.n_way), k_shot=(plan.k_shot, plan.k_shot))
         accuracy, loss = [], []
         for task in self.validation_tasks:
-            sampler = EpisodeSampler([task], settings, seed=self.config.seed)
+            sampler = EpisodeSampler([task], plan.episode_config, seed=self.config.seed)
             drawn = [sampler.episode(0, i) for i in range(plan.episodes)]
             answers = answer_together(self.model, drawn, self.config.optimiser.batch_tokens)
             accuracy.append(float(answers.correct.mean()))
@@ -340,7 +340,10 @@ class _Warmup:
         summary: dict[str, Any] = {
             "tasks": self.task_names,
             "validation tasks": [task.name for task in self.validation_tasks],
+            "template": Path(self.model.template.name).stem,
+            "answers": self.model.answers,
             "steps": state.step,
+            "tokens": state.tokens,
             "best step": state.best_step,
             "learning rate": self.config.optimiser.learning_rate * self.scale,
             "precision": self.model.backbone.precision,

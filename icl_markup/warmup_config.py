@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from icl_markup.answers import AnswersChoice
 from icl_markup.chat import ChatConfig
 from icl_markup.config import require_positive
 from icl_markup.episodes import EpisodeConfig
 from icl_markup.errors import ConfigError
 from icl_markup.loading import BackboneConfig
-from icl_markup.markup import Answers
 from icl_markup.readers import TaskSource
 from icl_markup.tags import Initialisation
 
@@ -32,6 +32,10 @@ class OptimiserConfig:
     warmup_steps: int = 10
     """Steps over which it rises first (not with the schedule constant)."""
 
+    name_share: float = 0.2
+    """With names: the weight of the right name's own loss (the mean over its tokens) beside the contrast of all
+    options' names."""
+
     gradient_clip: float = 1.0
     """The largest norm of the gradient."""
 
@@ -46,6 +50,8 @@ class OptimiserConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "steps", "learning_rate", "gradient_clip", "batch_tokens", "window", "batches_per_step")
+        if self.name_share < 0:
+            raise ConfigError(f"name_share: {self.name_share} is negative")
 
 
 @dataclass(frozen=True)
@@ -64,11 +70,20 @@ class ValidationConfig:
     k_shot: int = 1
     """Demonstrations a label."""
 
+    queries: int = 1
+    """Queries an episode; those of one episode share the work for its context."""
+
     patience: int | None = None
     """Stop after so many validations without a better one; null: never."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "every", "episodes", "n_way")
+        require_positive(self, "every", "episodes", "n_way", "queries")
+
+    @property
+    def episode_config(self) -> EpisodeConfig:
+        """How the episodes of a validation are drawn."""
+        ways, shots, queries = self.n_way, self.k_shot, self.queries
+        return EpisodeConfig(n_way=(ways, ways), k_shot=(shots, shots), queries=(queries, queries))
 
 
 @dataclass(frozen=True)
@@ -93,8 +108,9 @@ class WarmupConfig:
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     """The frozen language model."""
 
-    template: str = "markup"
-    """A template's name or path."""
+    template: str = "auto"
+    """A template's name or path; auto: that of the first of start_from, or the default markup that goes with the
+    answers."""
 
     tag_width: int | None = None
     """Soft tokens a tag, instead of the widths that the template gives; tags of start_from keep theirs."""
@@ -110,10 +126,12 @@ class WarmupConfig:
     """The tags that are trained; the others stay as they began, to the bit. new: those that start_from does not
     bring. Or their names, such as ["<demo>"]."""
 
-    answers: Answers = "symbols"
-    """Read option symbols at the slot, or score whole label names."""
+    answers: AnswersChoice = "auto"
+    """Read option symbols at the slot, or score whole label names; auto: as in start_from, or what the template
+    shows, or what suits the backbone (names in causal models of fewer than 3 billion weights and in
+    sequence-to-sequence models, else symbols)."""
 
-    length_normalised: bool = True
+    length_normalised: bool = False
     """With names: score by the mean log-probability of a name's tokens instead of the sum."""
 
     chat: ChatConfig = field(default_factory=ChatConfig)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.optimize import nnls
 
-from icl_markup.episodes import Episode, EpisodeConfig, EpisodeSampler
+from icl_markup.episodes import EpisodeSampler
 from icl_markup.markup import Markup
 from icl_markup.model import MarkupModel
 from icl_markup.stream import Item, PromptStream
@@ -77,6 +77,7 @@ class Workload:
             batch_tokens=plan.batch_tokens,
             batches_per_step=1,
             padded_length=padded,
+            tokens=model.tokens_of,
         )
         batches: list[tuple[Item, ...]] = []
         began, windows = time.perf_counter(), 0
@@ -87,10 +88,10 @@ class Workload:
         return cls(
             tuple(batches),
             tuple(_size(markup, batch, padded) for batch in batches),
-            sum(len(item.prompt.ids) * _copies(markup, item.episode) for batch in batches for item in batch),
+            sum(item.tokens for batch in batches for item in batch),
             windows * plan.window,
             seconds,
-            tuple(_validation(config, markup, validation_tasks)),
+            tuple(_validation(config, model, validation_tasks)),
         )
 
     @property
@@ -143,20 +144,18 @@ class Curve:
         return self.fixed * batches + sum(self.at(size) - self.fixed for size in sizes)
 
 
-def _copies(markup: Markup, episode: Episode) -> int:
-    return len(episode.options) if markup.answers == "names" else 1
-
-
 def _size(markup: Markup, batch: Sequence[Item], padded: Callable[[int], int]) -> Size:
-    longest = padded(max(len(item.prompt.ids) for item in batch))
-    return Size(sum(_copies(markup, item.episode) for item in batch), longest)
+    """Return how many rows a batch has, and how long they are: of names behind one context, one row for all."""
+    if markup.layout.kind == "causal":
+        return Size(len(batch), padded(max(item.tokens for item in batch)))
+    longest = max(len(prompt.ids) for item in batch for prompt in item.prompts)
+    return Size(sum(-(-item.tokens // longest) for item in batch), padded(longest))
 
 
-def _validation(config: WarmupConfig, markup: Markup, tasks: Sequence[Task]) -> Iterator[Size]:
+def _validation(config: WarmupConfig, model: MarkupModel, tasks: Sequence[Task]) -> Iterator[Size]:
     plan = config.validation
-    settings = EpisodeConfig(n_way=(plan.n_way, plan.n_way), k_shot=(plan.k_shot, plan.k_shot))
     for task in tasks:
-        sampler = EpisodeSampler([task], settings, seed=config.seed)
+        sampler = EpisodeSampler([task], plan.episode_config, seed=config.seed)
         for episode in (sampler.episode(0, i) for i in range(plan.episodes)):
-            for prompt in markup.compose_each(episode):
-                yield Size(_copies(markup, episode), len(prompt.ids))
+            for prompt in model.markup.compose_each(episode):
+                yield Size(1, model.tokens_of([prompt], episode))

@@ -4,11 +4,11 @@
 
 One thing grows at a time; batches are equal prompts of the sample tasks, as many as 2,048 tokens hold:
 
-- options: N-way 1-shot; demonstrations: 5-way K-shot; the embedded backbone, bf16 autocast
-- tokens: the embedded backbone and the shape of SmolLM2-135M, bf16 autocast
+- options: N-way 1-shot; demonstrations: 5-way K-shot; the shape of SmolLM2-135M, bf16 autocast
+- tokens: the same shape, bf16 autocast
 - size: Llamas of 6 layers and growing width, prompts of about 256 tokens, fp32
 - processes: two batches of prompts of about 256 tokens a step, in one process and in two, one thread each, gradients
-  summed over gloo; the embedded backbone, bf16 autocast
+  summed over gloo; the shape of SmolLM2-135M, bf16 autocast
 
 `planned` is the sum of the operations that a model of fake tensors ran, each timed by itself on this machine;
 `flops` are a prompt's. Seconds are of a step's forward and backward pass, divided by its prompts.
@@ -43,8 +43,8 @@ TOKENS = 2048
 """What a batch holds."""
 
 POINTS: dict[str, list[int]] = {
-    "options": [2, 4, 6, 8], "demonstrations": [0, 1, 2, 4], "tokens": [128, 256, 512, 1024],
-    "tokens, 135M": [128, 256, 512], "size": [128, 256, 512, 1024], "processes": [1, 2],
+    "options": [2, 4, 6, 8], "demonstrations": [0, 1, 2, 4], "tokens, 135M": [128, 256, 512],
+    "size": [128, 256, 512, 1024], "processes": [1, 2],
 }  # fmt: skip
 """What grows, and to what."""
 
@@ -69,10 +69,9 @@ def point(axis: str, value: int) -> tuple[MarkupModel, MarkupModel, list[Item]]:
     """Return the real model, the one without weights, and a batch."""
     if axis == "size":
         model = llama(value)
-        return model, skeleton_of(model, "llama", "fp32"), batch_of(model, 256)
-    shape = "llama-135m" if axis.endswith("135M") else "embedded"
-    model = MarkupModel(backbone_of(shape, "bf16"))
-    fake = skeleton_of(model, shape, "bf16")
+        return model, skeleton_of(model, "fp32"), batch_of(model, 256)
+    model = MarkupModel(backbone_of("llama-135m", "bf16"))
+    fake = skeleton_of(model, "bf16")
     if axis.startswith("tokens"):
         most = EpisodeConfig(n_way=(3, 8), k_shot=(0, 8), max_demos=64)
         return model, fake, batch_of(model, value, most)
@@ -106,7 +105,7 @@ def in_process(rank: int, processes: int, place: str, steps: int, out: str) -> N
     """Run steps of two batches as one of some processes, as the warm-up does; the first notes the seconds."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=processes)
-    model = MarkupModel(backbone_of("embedded", "bf16"))
+    model = MarkupModel(backbone_of("llama-135m", "bf16"))
     assert model.table is not None
     items = batch_of(model, 256)
     seconds = []
@@ -161,7 +160,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Draw measured points beside the plan's lines."""
     from icl_markup.plot_style import INK, MUTED, panels, to_png
 
-    titles = {"options": "options (1-shot)", "demonstrations": "demonstrations a label (5-way)", "tokens": "tokens",
+    titles = {"options": "options (1-shot)", "demonstrations": "demonstrations a label (5-way)",
               "tokens, 135M": "tokens, 135M Llama", "size": "million parameters", "processes": "processes"}  # fmt: skip
     axes_of = [axis for axis in titles if any(row["axis"] == axis for row in rows)]
     figure, axes = panels("Seconds a prompt, forward and backward", [titles[a] for a in axes_of], (3.0, 2.3), 3,

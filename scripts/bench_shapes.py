@@ -10,7 +10,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from icl_markup import Backbone, BackboneConfig, Task
+from icl_markup import Backbone, Task
 from icl_markup.embedded import sample_folders
 from icl_markup.readers import TaskSource, read_task
 
@@ -111,9 +111,8 @@ _BUILDERS: dict[str, tuple[str, Callable[[], tuple[transformers.PreTrainedModel,
     "roberta-base": ("masked", _roberta_base),
 }
 
-SHAPES = (*_BUILDERS, "embedded")
-"""Shapes by name: SmolLM2-135M, Llama-3.2-1B with 2 of its 16 layers, Flan-T5-small, RoBERTa-base, and the backbone
-inside the package with its own weights."""
+SHAPES = tuple(_BUILDERS)
+"""Shapes by name: SmolLM2-135M, Llama-3.2-1B with 2 of its 16 layers, Flan-T5-small and RoBERTa-base."""
 
 
 def backbone_of(shape: str, precision: str) -> Backbone:
@@ -124,8 +123,6 @@ def backbone_of(shape: str, precision: str) -> Backbone:
         precision: ``fp32`` or ``bf16`` (autocast over fp32 weights).
     """
     autocast: Literal["bf16", "none"] = "bf16" if precision == "bf16" else "none"
-    if shape == "embedded":
-        return Backbone.load(BackboneConfig(device="cpu", precision=autocast))
     torch.manual_seed(0)
     kind, build = _BUILDERS[shape]
     model, tokenizer = build()

@@ -146,8 +146,8 @@ def limit(model: MarkupModel, out: str) -> Callable[[], int]:
 
     def run() -> int:
         vectors = embedded.clone().requires_grad_()
-        with backbone._segments(batch) as reading, backbone._head_bypassed() as kept, backbone.autocast():
-            backbone.model(inputs_embeds=vectors, **inputs, **reading.inputs)
+        with backbone._head_bypassed() as kept, backbone.autocast():
+            backbone.model(inputs_embeds=vectors, **inputs)
         kept[0][:, -1].float().sum().backward()
         return int(ids.numel())
 

@@ -83,12 +83,10 @@ def step(model: MarkupModel, items: list[Item]) -> None:
     model.table.rows.grad = None
 
 
-def skeleton_of(model: MarkupModel, shape: str, precision: str) -> MarkupModel:
+def skeleton_of(model: MarkupModel, precision: str) -> MarkupModel:
     """Build a model of the same shape of fake tensors, from its configuration and tokenizer as they are saved."""
     backbone = model.backbone
     autocast: Literal["bf16", "none"] = "bf16" if precision == "bf16" else "none"
-    if shape == "embedded":
-        return MarkupModel(Skeleton.build(BackboneConfig(device="cpu", precision=autocast)))
     with tempfile.TemporaryDirectory() as folder:
         backbone.model.config.save_pretrained(folder)
         backbone.tokenizer.save_pretrained(folder)
@@ -104,7 +102,7 @@ def memory_case(shape: str, precision: str, prompts: int, length: int) -> dict[s
     with Memory() as memory, prepared(model.backbone):
         for _ in range(2):
             step(model, items)
-    ledger, _ = observed(skeleton_of(model, shape, precision), items, False)
+    ledger, _ = observed(skeleton_of(model, precision), items, False)
     return {"memory_mib": [round(ledger.peak / 2**20, 1), round(memory.grown, 1)]}
 
 
@@ -121,7 +119,7 @@ def case(shape: str, precision: str, prompts: int, length: int, steps: int) -> d
         del seconds[0]
         with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
             step(model, items)
-    planned = skeleton_of(model, shape, precision)
+    planned = skeleton_of(model, precision)
     began = time.perf_counter()
     ledger, _ = observed(planned, items, False)
     watched = time.perf_counter() - began

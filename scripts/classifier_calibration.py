@@ -79,7 +79,7 @@ def rows_of(task: Task, tags: Path, command: str) -> list[dict[str, Any]]:
             "kind": "measure",
             "experiment": "classifier",
             "task": task.name,
-            "backbone": "embedded",
+            "backbone": read_tags(tags).backbone["name"],
             "method": method,
             "n_way": None,
             "k_shot": SHOTS,

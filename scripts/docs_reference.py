@@ -16,10 +16,9 @@ PACKAGE = Path(__file__).parents[1] / "icl_markup"
 _GROUPS = {
     "Data": "tasks readers rows store mapped episodes",
     "Prompts": "template markup prompt layout chat answers text",
-    "Backbone and tags": "models gguf gguf_tokenizers cache tags loading quantisation backbone batching names model"
-    " scoring sharing packing prefixes"
-    " exactness segments backbone_checks attention_kernels blocked_attention attention_gradients"
-    " segment_blocks devices",
+    "Backbone and tags": "models gguf gguf_tokenizers cache tags loading quantisation backbone batching branches"
+    " decoding normalizer names priors model scoring sharing packing prefixes exactness backbone_checks"
+    " attention_kernels blocked_attention attention_gradients devices",
     "Warm-up": "warmup warmup_config start stream optimisation activations beginnings casts norms preparation"
     " checkpoint run_folder lock files processes sharded zero",
     "Planning": "plan plan_cli study skeleton ledger workload replay accelerators",

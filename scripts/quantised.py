@@ -1,4 +1,4 @@
-"""Tags across quantised forms of the embedded backbone: accuracy, agreement of answers, and bytes of weights.
+"""Tags across quantised forms of SmolLM2: accuracy, agreement of answers, and bytes of weights.
 
     python scripts/quantised.py results/bench/quantised.jsonl
 
@@ -43,8 +43,8 @@ N_WAY, K_SHOT = 5, 1
 
 
 def load(form: Any) -> Backbone:
-    """Load the embedded backbone in one form, on the CPU in fp32."""
-    return Backbone.load(BackboneConfig(device="cpu", dtype="fp32", precision="none", quantisation=form))
+    """Load SmolLM2 in one form, on the CPU in fp32."""
+    return Backbone.load(BackboneConfig("smollm2", device="cpu", dtype="fp32", precision="none", quantisation=form))
 
 
 def warm_up(backbone: Backbone, steps: int, seed: int, folder: Path) -> tuple[MarkupModel, float]:
@@ -99,7 +99,7 @@ def main() -> None:
         seconds: dict[str | None, float] = {}
         for source in (None, *WARMED_UP):
             if source is None:
-                model = MarkupModel(backbones["none"], "markup", seed=seed)
+                model = MarkupModel(backbones["none"], "markup_letters", seed=seed)
             else:
                 with tempfile.TemporaryDirectory() as folder:
                     model, seconds[source] = warm_up(backbones[source], args.steps, seed, Path(folder) / "run")
@@ -112,17 +112,17 @@ def main() -> None:
                     spent[source, form] = (time.process_time() - began) / len(drawn)
                     print(source, form, f"{(found[source, form] == right).mean():.3f}", flush=True)
         for (source, form), given in found.items():
-            table = MarkupModel(backbones[form], "markup").table
+            table = MarkupModel(backbones[form], "markup_letters").table
             assert table is not None
             difference = (given == right).astype(float) - (found["none", "none"] == right)
             rows.append(
                 result_row(
                     experiment="quantised",
                     task=f"{len(tasks)} unseen sample tasks",
-                    backbone="embedded",
+                    backbone="smollm2",
                     method="tags" if source else "tags_untrained",
                     estimate=estimate(given == right),
-                    template="markup",
+                    template="markup_letters",
                     n_way=N_WAY,
                     k_shot=K_SHOT,
                     seed=seed,

@@ -203,7 +203,7 @@ def _prepare(steps: int, count: int) -> int:
         "settings": [{"n_way": 3, "k_shot": 1}, {"n_way": None, "k_shot": 0}],
         "methods": [
             {"name": "chance"},
-            {"name": "plain", "templates": ["plain_heldout_01"]},
+            {"name": "plain", "templates": ["plain_letters_multiple_choice"]},
             {"name": "tags_untrained"},
             {"name": "tags", "warmup": "warmup.yaml"},
             {"name": "lora", "warmup": "warmup.yaml", "settings": [0]},

@@ -5,6 +5,7 @@ Tokenizers are trained once a session: no two trainings agree on the order of eq
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import tempfile
@@ -17,7 +18,8 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from icl_markup.backbone import Backbone, BackboneConfig
+from icl_markup.backbone import Backbone
+from icl_markup.loading import BackboneConfig
 from icl_markup.models import MODELS
 from icl_markup.readers import read_task
 from icl_markup.tasks import Example, Task, checked_task
@@ -149,6 +151,51 @@ def tiny_backbone(name: str, **options: object) -> Backbone:
     return Backbone(classes[name][1](config), tokenizer, "masked", name=f"tiny-{name}", **options)
 
 
+@cache
+def stand_in() -> Backbone:
+    """A Llama of one layer, as wide as SmolLM2 and under its name, with a tokenizer of the same kind."""
+    torch.manual_seed(0)
+    tokenizer = copy.deepcopy(byte_level_tokenizer(mask=False))
+    # SmolLM2's puts no token before a text.
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>\n{% endfor %}"
+        "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+    )
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=576, intermediate_size=64, num_hidden_layers=1, num_attention_heads=9,
+        num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=True, bos_token_id=0, eos_token_id=2,
+        pad_token_id=1,
+    )  # fmt: skip
+    return Backbone(transformers.LlamaForCausalLM(config), tokenizer, "causal", name=BackboneConfig.name)
+
+
+@pytest.fixture
+def tiny_default(monkeypatch: pytest.MonkeyPatch) -> Backbone:
+    """A tiny stand-in for the default backbone, which is loaded wherever that is asked for by its name."""
+    load = Backbone.load
+
+    def loaded(config: BackboneConfig | str = BackboneConfig.name) -> Backbone:
+        is_default = (config if isinstance(config, str) else config.name) == BackboneConfig.name
+        return stand_in() if is_default else load(config)
+
+    monkeypatch.setattr(Backbone, "load", staticmethod(loaded))
+    return stand_in()
+
+
+def needs_smollm2() -> None:
+    """Skip a test if the package that carries SmolLM2 is missing."""
+    if MODELS["smollm2"].missing:
+        pytest.skip(f"SmolLM2 is not installed: {MODELS['smollm2'].installs}")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Backbone:
+    """SmolLM2-135M-Instruct, loaded once a session; it belongs to all tests, which must leave it as it is."""
+    needs_smollm2()
+    return Backbone.load(BackboneConfig("smollm2", device="cpu", precision="none"))
+
+
 def tiny_task(name: str = "tiny") -> Task:
     """A task of four labels with out-of-scope texts and two splits."""
     splits = {
@@ -169,14 +216,6 @@ def backbone(request: pytest.FixtureRequest) -> Backbone:
 def bert() -> Backbone:
     """A masked backbone."""
     return tiny_backbone("bert")
-
-
-@pytest.fixture(scope="session")
-def smollm2() -> Backbone:
-    """SmolLM2, loaded once a session; it belongs to all tests, which must leave it as it is."""
-    if MODELS["smollm2"].missing:
-        pytest.skip(f"SmolLM2 is not installed: {MODELS['smollm2'].installs}")
-    return Backbone.load(BackboneConfig("smollm2", device="cpu", precision="none"))
 
 
 @pytest.fixture

@@ -36,7 +36,7 @@ from icl_markup.sharded import shard_layers, whole
 from icl_markup.warmup import OptimiserConfig, ValidationConfig, WarmupConfig, run_warmup
 from tests.conftest import tiny_task
 
-KINDS = ("llama", "t5", "bert", "segments")
+KINDS = ("llama", "t5", "bert")
 OPTIONS = (Option("lost card"), Option("weather"), Option("opening hours"))
 EPISODES = [
     Episode(OPTIONS, (Demo("will it rain", 1), Demo("I lost my card", 0)), (Query(text, i % 3),))
@@ -114,7 +114,7 @@ def evaluated(folder: Path, here: Processes) -> dict[str, Any]:
     return found
 
 
-PLAIN = "[{name: plain, templates: [plain_heldout_01]}]"
+PLAIN = "[{name: plain, templates: [plain_letters_multiple_choice]}]"
 
 
 def is_split(parameter: torch.Tensor) -> bool:
@@ -138,7 +138,7 @@ def split(folder: Path, runs: Path, name: str) -> dict[str, Any]:
     # Of what DeepSpeed has split, a parameter itself is empty unless it is gathered at the moment.
     rest = [p for p in parameters if not isinstance(p, DTensor)]
     answers = answer_together(model, EPISODES)
-    names = MarkupModel(backbone, "markup", model.table.vectors(), answers="names")
+    names = MarkupModel(backbone, "markup_letters", model.table.vectors(), answers="names")
     copied = MetaIclConfig(tasks=[], output=str(folder / "lora"), method="lora")
     return {
         "rows": model.table.rows.tolist(),

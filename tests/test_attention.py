@@ -25,10 +25,9 @@ from icl_markup.plot_style import to_png
 from tests.chat_models import chat_backbone
 from tests.conftest import KINDS, tiny_backbone
 from tests.test_markup import an_episode
-from tests.test_segments import segmented
 
 
-@pytest.mark.parametrize("template", ["markup", "plain_seen_01"])
+@pytest.mark.parametrize("template", ["markup_letters", "plain_letters_text_label"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_attention_sums_to_one_in_every_layer_and_over_parts_and_kinds(kind: str, template: str) -> None:
     model = MarkupModel(tiny_backbone(kind), template)
@@ -39,7 +38,7 @@ def test_attention_sums_to_one_in_every_layer_and_over_parts_and_kinds(kind: str
     assert [part.kind for part in found.parts if part.kind not in ("head", "end")] == (
         ["option"] * 3 + ["demonstration"] * 3 + ["query"]
     )
-    assert ("tag" in found.by_kind) == (template == "markup")
+    assert ("tag" in found.by_kind) == (template == "markup_letters")
     edges = [(part.start, part.stop) for part in found.parts]
     assert edges[0][0] == 0 and edges[-1][1] == len(found.kinds)
     assert all(before[1] == after[0] for before, after in pairwise(edges))
@@ -55,7 +54,7 @@ def test_parts_are_named_after_what_they_show() -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "t5", "bert"])
 def test_weights_are_what_transformers_tells_for_the_same_ids(kind: str) -> None:
-    model = MarkupModel(tiny_backbone(kind), "plain_seen_02")
+    model = MarkupModel(tiny_backbone(kind), "plain_letters_input_category")
     episode, backbone = an_episode(), model.backbone
     found = slot_attention(model, episode)
     prompt = model.markup.compose(episode)
@@ -95,23 +94,6 @@ def test_the_model_is_left_as_it_was(kind: str, attention: str) -> None:
     assert np.array_equal(first.weights, again.weights)
     for found in (first.answer, model.predictions(episode)[0].probabilities):
         assert list(found.values()) == pytest.approx(answer, abs=1e-6)
-
-
-@pytest.mark.parametrize("anchors", [False, True])
-def test_layers_that_read_by_segments_see_their_own_alone(anchors: bool) -> None:
-    model = MarkupModel(segmented("bert", anchors=anchors))
-    found = slot_attention(model, an_episode())
-    others = [i for i, part in enumerate(found.parts) if part.kind in ("option", "demonstration")]
-    local = model.backbone.local_layers
-    assert 0 < local < len(found.weights)
-    assert found.weights.sum(1) == pytest.approx(np.ones(len(found.weights)), abs=1e-5)
-    assert (found.by_part[:local, others] == 0).all() and (found.by_part[local:, others] > 0).all()
-    if anchors:
-        kinds = np.array(found.kinds)
-        outside = np.zeros(len(kinds), dtype=bool)
-        for i in others:
-            outside[found.parts[i].start : found.parts[i].stop] = True
-        assert (found.weights[local:, outside & (kinds == "value")] == 0).all(), "symbols alone stand for a segment"
 
 
 def test_the_end_of_a_chat_is_a_part_of_its_own() -> None:
@@ -155,16 +137,28 @@ def test_the_picture_shows_every_part_and_is_the_same_bytes_twice() -> None:
     figure = picture(found, "tiny")
     to_png(figure)
     texts = [text.get_text() for text in figure.findobj(Text) if isinstance(text, Text)]
-    for name in ("option A: lost card", "query: when do you open", "markup", "plain_seen_01", "tags", "tokens"):
+    for name in (
+        "option A: lost card",
+        "query: when do you open",
+        "markup_letters",
+        "plain_letters_text_label",
+        "tags",
+        "tokens",
+    ):
         assert name in texts
     share = 100 * found[0].by_part[0, 1]
     assert (f"{share:.0f}" if share >= 0.5 else "<1") in texts
     told = caption(found)
-    assert "in markup, mean over 2 layers" in told and "in plain_seen_01" in told and "option" in told
+    assert (
+        "in markup_letters, mean over 2 layers" in told and "in plain_letters_text_label" in told and "option" in told
+    )
 
 
 def both(backbone: Backbone) -> list[SlotAttention]:
-    return [slot_attention(MarkupModel(backbone, template), an_episode()) for template in ("markup", "plain_seen_01")]
+    return [
+        slot_attention(MarkupModel(backbone, template), an_episode())
+        for template in ("markup_letters", "plain_letters_text_label")
+    ]
 
 
 def test_the_command_prints_draws_and_gives_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -180,7 +174,7 @@ def test_the_command_prints_draws_and_gives_json(tmp_path: Path, capsys: pytest.
     assert place.read_bytes().startswith(b"\x89PNG")
     assert main([*asked, "--json", "--against", "none", "--", "will it rain"]) == 0
     [only] = json.loads(capsys.readouterr().out)
-    assert only["template"] == "markup" and only["layers"] == 2
+    assert only["template"] == "markup_letters" and only["layers"] == 2
     total = np.array([part["attention"] for part in only["parts"]]).sum(0)
     assert total == pytest.approx([1, 1], abs=1e-5)
     assert sum(part["tokens"] for part in only["parts"]) == only["tokens"]

@@ -24,7 +24,6 @@ from icl_markup.episodes import Query
 from icl_markup.loading import BackboneConfig
 from icl_markup.model import MarkupModel
 from tests.conftest import tiny_backbone
-from tests.test_segments import segmented
 
 
 def asked(backbone: Backbone, *, trains: bool = True) -> tuple[list[str], torch.Tensor]:
@@ -47,24 +46,18 @@ def asked(backbone: Backbone, *, trains: bool = True) -> tuple[list[str], torch.
     return seen[-1:], model.table.rows.grad
 
 
-def backbone_of(kind: str, **options: Any) -> Backbone:
-    if kind == "segments":
-        return segmented("bert", attention="sdpa", anchors=True, **options)
-    return tiny_backbone(kind, **options)
-
-
-@pytest.mark.parametrize("kind", ["llama", "t5", "bert", "roberta", "segments"])
+@pytest.mark.parametrize("kind", ["llama", "t5", "bert", "roberta"])
 def test_prompts_train_in_blocks_in_bf16_and_all_else_is_as_it_was(kind: str) -> None:
-    backbone = backbone_of(kind, precision="bf16")
+    backbone = tiny_backbone(kind, precision="bf16")
     assert can_switch(backbone.model)
     used, gradient = asked(backbone)
     assert used == [BLOCKED] and backbone.model.config._attn_implementation == "sdpa"
     assert asked(backbone, trains=False)[0] == ["sdpa"]
-    fixed = backbone_of(kind, precision="bf16", chooses_attention=False)
+    fixed = tiny_backbone(kind, precision="bf16", chooses_attention=False)
     used, other = asked(fixed)
     assert used == ["sdpa"]
     torch.testing.assert_close(gradient, other, rtol=0.1, atol=0.05 * float(other.abs().max()))
-    assert asked(backbone_of(kind))[0] == ["sdpa"]
+    assert asked(tiny_backbone(kind))[0] == ["sdpa"]
 
 
 def test_a_configuration_that_names_an_implementation_has_it(tmp_path: Any) -> None:

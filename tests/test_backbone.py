@@ -35,7 +35,7 @@ def full_logits(backbone: Backbone, batch: Batch) -> torch.Tensor:
 
 
 def test_candidate_logits_are_those_of_the_whole_model(backbone: Backbone) -> None:
-    model = MarkupModel(backbone, "plain_seen_02")
+    model = MarkupModel(backbone, "plain_letters_input_category")
     batch = Batch.of_prompts(composed(model, ["when do you close", "is it cold outside today or not", "hello"]))
     with torch.no_grad():
         ours = backbone.candidate_logits(batch)
@@ -43,7 +43,7 @@ def test_candidate_logits_are_those_of_the_whole_model(backbone: Backbone) -> No
 
 
 def test_a_prompt_gets_the_same_logits_alone_and_in_a_padded_batch(backbone: Backbone) -> None:
-    model = MarkupModel(backbone, "markup")
+    model = MarkupModel(backbone, "markup_letters")
     prompts = composed(model, ["hi", "when do you close, and when do you open again on the day after that"])
     with torch.no_grad():
         together = backbone.candidate_logits(Batch.of_prompts(prompts, model.pad_id, all_slots=False), model.table)
@@ -115,7 +115,7 @@ def test_gradient_checkpointing_changes_no_gradient(kind: str, tmp_path: Path) -
         config = BackboneConfig(
             str(tmp_path), precision="none", device="cpu", max_length=200, gradient_checkpointing=checkpointing
         )
-        model = MarkupModel(Backbone.load(config), "markup")
+        model = MarkupModel(Backbone.load(config), "markup_letters")
         batch = Batch.of_prompts(composed(model, ["when do you close"]), model.pad_id)
         loss = torch.nn.functional.cross_entropy(model.backbone.candidate_logits(batch, model.table), batch.targets)
         loss.backward()
@@ -130,7 +130,7 @@ def test_half_precision_weights_keep_fp32_tags_with_finite_gradients(dtype: str,
     source.model.save_pretrained(tmp_path)
     source.tokenizer.save_pretrained(tmp_path)
     backbone = Backbone.load(BackboneConfig(str(tmp_path), dtype=dtype, precision="none", device="cpu"))
-    model = MarkupModel(backbone, "markup")
+    model = MarkupModel(backbone, "markup_letters")
     assert next(backbone.model.parameters()).dtype != torch.float32
     batch = Batch.of_prompts(composed(model, ["when do you close"]), model.pad_id)
     logits = backbone.candidate_logits(batch, model.table)
@@ -162,7 +162,7 @@ def test_architectures_that_scale_or_cap_their_logits_give_their_own(architectur
     tokenizer = byte_level_tokenizer(mask=False)
     network = transformers.AutoModelForCausalLM.from_config(ARCHITECTURES[architecture](len(tokenizer)))
     backbone = Backbone(network, tokenizer, "causal", max_length=120)
-    model = MarkupModel(backbone, "plain_heldout_05")
+    model = MarkupModel(backbone, "plain_letters_bare")
     batch = Batch.of_prompts(composed(model, ["when do you close"]))
     with torch.no_grad():
         assert torch.allclose(backbone.candidate_logits(batch), full_logits(backbone, batch), atol=1e-4)
@@ -178,11 +178,11 @@ def test_tied_and_untied_t5_heads_give_their_own_logits_and_are_never_changed(ti
     )  # fmt: skip
     backbone = Backbone(transformers.T5ForConditionalGeneration(config), tokenizer, "seq2seq", max_length=200)
     checksum = backbone.checksum()
-    model = MarkupModel(backbone, "plain_seen_02")
+    model = MarkupModel(backbone, "plain_letters_input_category")
     batch = Batch.of_prompts(composed(model, ["when do you close"]))
     with torch.no_grad():
         assert torch.allclose(backbone.candidate_logits(batch), full_logits(backbone, batch), atol=1e-4)
-    MarkupModel(backbone, "markup").classify(["when"], LABELS)
+    MarkupModel(backbone, "markup_letters").classify(["when"], LABELS)
     assert backbone.checksum() == checksum
 
 

@@ -37,7 +37,7 @@ def card_of(folder: Path) -> tuple[str, dict[str, Any]]:
 
 def test_the_front_matter_is_what_a_hub_reads(bert: Backbone, tmp_path: Path) -> None:
     bert.name, bert.revision = "org/tiny-bert", "0123abc"
-    text, data = card_of(MarkupModel(bert, "markup").save(tmp_path / "tags", {"tasks": ["one"]}))
+    text, data = card_of(MarkupModel(bert, "markup_letters").save(tmp_path / "tags", {"tasks": ["one"]}))
     assert data == {
         "library_name": "icl-markup",
         "license": "unknown",
@@ -52,15 +52,17 @@ def test_the_front_matter_is_what_a_hub_reads(bert: Backbone, tmp_path: Path) ->
 
 def test_a_folder_of_this_machine_is_not_named(bert: Backbone, tmp_path: Path) -> None:
     bert.name = str(tmp_path / "joe" / "my-model")
-    text, data = card_of(MarkupModel(bert, "markup").save(tmp_path / "tags"))
+    text, data = card_of(MarkupModel(bert, "markup_letters").save(tmp_path / "tags"))
     assert "`my-model`" in text and str(tmp_path) not in text and "base_model" not in data
 
 
 @pytest.mark.parametrize("nasty", NASTY)
 def test_texts_of_users_break_neither_yaml_nor_markdown(nasty: str, bert: Backbone, tmp_path: Path) -> None:
-    plain_text, _ = card_of(MarkupModel(bert, "markup").save(tmp_path / "plain", training("word")))
+    plain_text, _ = card_of(MarkupModel(bert, "markup_letters").save(tmp_path / "plain", training("word")))
     bert.name = nasty
-    model = MarkupModel(bert, Template.parse(f"# {nasty.splitlines()[0]}\n" + Template.load("markup").source, "x"))
+    model = MarkupModel(
+        bert, Template.parse(f"# {nasty.splitlines()[0]}\n" + Template.load("markup_letters").source, "x")
+    )
     tags = tags_of(model, training(nasty))
     text, data = card_of(write_tags(tags, tmp_path / "tags"))
     assert data["license"] == "unknown"
@@ -91,7 +93,7 @@ def test_what_was_measured_stands_in_table_and_front_matter(bert: Backbone, tmp_
          "metric": "accuracy", "value": 0.875, "low": 0.8, "high": 0.9, "episodes": 40},
         {"experiment": "e", "method": "tags", "task": "t", "command": "c", "metric": "auroc", "value": 0.5},
     ]  # fmt: skip
-    tags = replace(tags_of(MarkupModel(bert, "markup"), training("w")), measured=tuple(rows), license="mit")
+    tags = replace(tags_of(MarkupModel(bert, "markup_letters"), training("w")), measured=tuple(rows), license="mit")
     text, data = card_of(write_tags(tags, tmp_path / "tags"))
     [result] = data["model-index"][0]["results"]
     assert result["metrics"][0]["value"] == 0.875 and result["task"]["type"] == "text-classification"
@@ -105,7 +107,7 @@ def test_what_was_measured_stands_in_table_and_front_matter(bert: Backbone, tmp_
 def test_the_ancestry_is_told_with_weights_training_and_checksums(bert: Backbone, tmp_path: Path) -> None:
     files = []
     for seed, task in enumerate(("banking", NASTY[1])):
-        folder = MarkupModel(bert, "markup", seed=seed).save(tmp_path / f"run{seed}" / "tags", training(task))
+        folder = MarkupModel(bert, "markup_letters", seed=seed).save(tmp_path / f"run{seed}" / "tags", training(task))
         files.append(read_tags(folder))
     mean = average(files, [1, 3])
     text, _ = card_of(write_tags(mean, tmp_path / "mean"))
@@ -124,7 +126,7 @@ def test_the_snippet_of_a_folder_s_card_runs_with_its_path(
     bert.model.save_pretrained(tmp_path / "model")
     bert.tokenizer.save_pretrained(tmp_path / "model")
     loaded = Backbone.load(BackboneConfig(str(tmp_path / "model"), device="cpu"))
-    folder = MarkupModel(loaded, "markup").save(tmp_path / "tags")
+    folder = MarkupModel(loaded, "markup_letters").save(tmp_path / "tags")
     [snippet] = re.findall(r"```python\n(.*?)```", card_of(folder)[0], re.DOTALL)
     assert len(snippet.splitlines()) == 5
     exec(compile(snippet.replace("path/to/this/folder", str(folder)), "card", "exec"), {})
@@ -133,4 +135,4 @@ def test_the_snippet_of_a_folder_s_card_runs_with_its_path(
 
 def test_a_snippet_is_not_put_together_from_texts_of_users(bert: Backbone) -> None:
     with pytest.raises(ValueError, match="no name of a repository"):
-        push_tags(tags_of(MarkupModel(bert, "markup")), 'user/x"); import os #')
+        push_tags(tags_of(MarkupModel(bert, "markup_letters")), 'user/x"); import os #')

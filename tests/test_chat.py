@@ -28,7 +28,7 @@ SYSTEM = "Be brief."
 WITHOUT_ROLE = ("gemma",)
 
 
-def composer(name: str, template: str = "plain_seen_02", system: str = "", **options: Any) -> Markup:
+def composer(name: str, template: str = "plain_letters_input_category", system: str = "", **options: Any) -> Markup:
     config = ChatConfig(enabled=True, system=system, **options)
     return MarkupModel(backbone_of(name), template, chat=config).markup
 
@@ -63,7 +63,7 @@ def _today(rendered: str) -> str:
 @pytest.mark.parametrize("system", ["", SYSTEM])
 @pytest.mark.parametrize("name", ANSWERING)
 def test_a_prompt_in_plain_words_reads_as_the_template_would_have_written_it(name: str, system: str) -> None:
-    markup, bare = composer(name, system=system), MarkupModel(backbone_of(name), "plain_seen_02").markup
+    markup, bare = composer(name, system=system), MarkupModel(backbone_of(name), "plain_letters_input_category").markup
     episode = an_episode()
     alone = bare.compose(episode)
     decode = backbone_of(name).encoder.decode
@@ -184,7 +184,7 @@ def test_the_slot_is_answered_with_a_space_only_where_the_chat_has_one(name: str
 @pytest.mark.parametrize("name", ["llama3", "llama2", "phi3", "gptoss"])
 def test_what_prompts_share_is_computed_once_with_the_chats_head(name: str, answers: Any) -> None:
     backbone = backbone_of(name)
-    model = MarkupModel(backbone, "markup", answers=answers, chat=ChatConfig(True, SYSTEM))
+    model = MarkupModel(backbone, "markup_letters", answers=answers, chat=ChatConfig(True, SYSTEM))
     labels, demos = ["lost card", "opening hours"], [("I lost my card", "lost card")]
     texts = ["when do you open", "where is it", "stolen card"]
     together = model.classify(texts, labels, demos)
@@ -237,7 +237,7 @@ def test_a_chat_that_cannot_be_had_gets_one_error_with_the_remedy(tmp_path: Path
 def test_a_template_of_ones_own_gives_a_chat_to_a_tokenizer_without_one(tmp_path: Path) -> None:
     (tmp_path / "chat.jinja").write_text("USER: {{ messages[-1].content }} BOT:")
     config = ChatConfig(enabled=True, template=str(tmp_path / "chat.jinja"))
-    model = MarkupModel(tiny_backbone("llama"), "plain_seen_02", chat=config)
+    model = MarkupModel(tiny_backbone("llama"), "plain_letters_input_category", chat=config)
     shown = model.backbone.encoder.decode(list(model.markup.compose(an_episode()).ids))
     assert shown.startswith("USER: Choose the right category.") and shown.endswith("Category: BOT:")
 
@@ -245,7 +245,7 @@ def test_a_template_of_ones_own_gives_a_chat_to_a_tokenizer_without_one(tmp_path
 def test_a_sequence_to_sequence_backbone_keeps_the_end_of_its_input() -> None:
     backbone = tiny_backbone("t5")
     frame = ChatFrame("", "", "", " answer", False)
-    model = MarkupModel(backbone, "markup", chat=frame)
+    model = MarkupModel(backbone, "markup_letters", chat=frame)
     prompt = model.markup.compose(an_episode())
     assert prompt.ids[-1] == backbone.tokenizer.eos_token_id and prompt.slots[-1].position == 0
     [answer] = model.classify(["when"], ["a", "b"])
@@ -254,7 +254,7 @@ def test_a_sequence_to_sequence_backbone_keeps_the_end_of_its_input() -> None:
 
 def test_without_a_chat_nothing_changes() -> None:
     backbone, episode = backbone_of("llama3"), an_episode()
-    plain = Template.load("plain_seen_02")
+    plain = Template.load("plain_letters_input_category")
     off = MarkupModel(backbone, plain, chat=ChatConfig()).markup
     before = Markup(plain, backbone.encoder, backbone.layout, max_length=backbone.max_length)
     assert off.compose(episode) == before.compose(episode)

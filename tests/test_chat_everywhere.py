@@ -98,7 +98,7 @@ def test_a_warm_up_that_began_before_there_were_chats_can_be_resumed(tmp_path: P
     run_warmup(again, tasks=[tiny_task()], validation_tasks=[], backbone=backbone, progress=False)
 
 
-@pytest.mark.parametrize("template", ["markup", "plain_seen_02"])
+@pytest.mark.parametrize("template", ["markup_letters", "plain_letters_input_category"])
 def test_a_classifier_takes_its_chat_along(template: str, tmp_path: Path) -> None:
     backbone = chat_backbone("llama3")
     backbone.model.save_pretrained(tmp_path / "model")
@@ -153,7 +153,7 @@ def test_the_commands_know_chats(tmp_path: Path, monkeypatch: Any, capsys: pytes
 
 def test_an_experiment_composes_in_the_chat_and_keeps_apart_what_was_measured_without() -> None:
     backbone = chat_backbone("llama3")
-    methods = [MethodConfig("plain", templates=["plain_seen_02"]), MethodConfig("tags_untrained")]
+    methods = [MethodConfig("plain", templates=["plain_letters_input_category"]), MethodConfig("tags_untrained")]
     found = {}
     for chat in (ChatConfig(), CHAT):
         config = ExperimentConfig("e", tasks=[], methods=methods, chat=chat)

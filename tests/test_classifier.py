@@ -22,7 +22,7 @@ from sklearn.utils.estimator_checks import check_estimator
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from icl_markup import NONE_OF_THE_ABOVE, MarkupClassifier, MarkupError, MarkupModel
+from icl_markup import NONE_OF_THE_ABOVE, Backbone, MarkupClassifier, MarkupError, MarkupModel
 from icl_markup.prompted import CONTENT_FREE
 from tests.conftest import KINDS, TEXTS, tiny_backbone
 
@@ -36,22 +36,22 @@ def tiny(name: str = "bert", **parameters: Any) -> MarkupClassifier:
 
 
 @pytest.fixture(scope="module")
-def embedded() -> MarkupClassifier:
-    """A classifier on the backbone inside the package."""
-    return MarkupClassifier().fit(X, Y)
+def pretrained(smollm2: Backbone) -> MarkupClassifier:
+    """A classifier on a pretrained model, in words."""
+    return MarkupClassifier(MarkupModel(smollm2, answers="names"), calibration="contextual").fit(X, Y)
 
 
-def test_it_answers_and_its_probabilities_are_some(embedded: MarkupClassifier) -> None:
-    assert embedded.classes_.tolist() == sorted(TEXTS)
-    found = embedded.predict_proba(NEW)
+def test_it_answers_and_its_probabilities_are_some(pretrained: MarkupClassifier) -> None:
+    assert pretrained.classes_.tolist() == sorted(TEXTS)
+    found = pretrained.predict_proba(NEW)
     assert found.shape == (len(NEW), len(TEXTS))
     assert found.sum(axis=1) == pytest.approx(1)
-    assert (embedded.predict(NEW) == embedded.classes_[found.argmax(axis=1)]).all()
+    assert (pretrained.predict(NEW) == pretrained.classes_[found.argmax(axis=1)]).all()
     right = [label for label, texts in TEXTS.items() for _ in texts[2:]]
-    assert embedded.score(NEW, right) >= 0.75
+    assert pretrained.score(NEW, right) >= 0.75
 
 
-def test_scikit_learn_accepts_it() -> None:
+def test_scikit_learn_accepts_it(tiny_default: Backbone) -> None:
     check_estimator(MarkupClassifier(), on_skip=None)  # texts as input rule out all but a few of its checks
 
 
@@ -139,10 +139,11 @@ def test_it_can_be_pickled_with_its_model() -> None:
     np.testing.assert_allclose(again.predict_proba(NEW), classifier.predict_proba(NEW), atol=1e-6)
 
 
-def test_it_can_be_pickled(embedded: MarkupClassifier) -> None:
-    raw = pickle.dumps(embedded)
+def test_it_can_be_pickled(tiny_default: Backbone) -> None:
+    classifier = MarkupClassifier().fit(X, Y)
+    raw = pickle.dumps(classifier)
     assert len(raw) < 20_000, "no model is in it"
-    assert (pickle.loads(raw).predict_proba(NEW[:2]) == embedded.predict_proba(NEW[:2])).all()
+    assert (pickle.loads(raw).predict_proba(NEW[:2]) == classifier.predict_proba(NEW[:2])).all()
 
 
 @pytest.mark.parametrize("labels", [[3, 3, 1, 1, 2, 2, 7, 7], np.array([True, False] * 4), np.array(Y)])
@@ -177,8 +178,8 @@ def test_partial_fit_adds_and_removes_as_if_fitted_so() -> None:
     assert (grown.predict_proba(NEW) == before).all(), "as it was"
 
 
-def test_label_names_alone_are_enough() -> None:
-    classifier = MarkupClassifier().fit([], [], classes=list(TEXTS))
+def test_label_names_alone_are_enough(pretrained: MarkupClassifier) -> None:
+    classifier = clone(pretrained).fit([], [], classes=list(TEXTS))
     assert classifier.predict(["my card was stolen"]).tolist() == ["lost card"]
 
 
@@ -237,8 +238,8 @@ def test_what_fits_no_label_is_rejected_as_the_threshold_says(mode: Any) -> None
 
 
 @pytest.mark.parametrize("mode", ["option", "threshold"])
-def test_calibration_chooses_temperature_and_threshold(mode: Any) -> None:
-    classifier = MarkupClassifier(none_of_the_above=mode).fit(X, Y)
+def test_calibration_chooses_temperature_and_threshold(mode: Any, pretrained: MarkupClassifier) -> None:
+    classifier = clone(pretrained).set_params(none_of_the_above=mode).fit(X, Y)
     right = [label for label, texts in TEXTS.items() for _ in texts[2:]]
     strange = ["the moon is made of cheese", "seven times eight is fifty six", "lorem ipsum dolor", "a poem on trees"]
     texts, labels = [*NEW, *strange], [*right, *[NONE_OF_THE_ABOVE] * len(strange)]

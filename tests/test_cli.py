@@ -43,7 +43,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "settings": [{"n_way": 2, "k_shot": 1}, {"n_way": None, "k_shot": 0}],
         "methods": [
             {"name": "chance"},
-            {"name": "plain", "templates": ["plain_heldout_01", "plain_heldout_02"]},
+            {"name": "plain", "templates": ["plain_letters_multiple_choice", "plain_letters_input_category"]},
             {"name": "tags_untrained"},
             {"name": "tags", "folders": ["run/tags"]},
         ],
@@ -110,7 +110,7 @@ def test_predict_reads_standard_input_and_files_and_a_task_brings_labels_and_dem
     [
         (["warmup", "nowhere.yaml"], "nowhere.yaml: no such configuration file"),
         (["warmup", "warmup.yaml", "--optimizer.steps", "4"], "unknown key optimizer; did you mean 'optimiser'?"),
-        (["warmup", "warmup.yaml", "--template", "plain_seen_01"], "no tags"),
+        (["warmup", "warmup.yaml", "--template", "plain_letters_text_label"], "no tags"),
         (["warmup", "warmup.yaml", "--tasks.0.text_column", "txt"], "intents.csv:2: no column 'txt'"),
         (["predict", "--backbone", "model", "--", "hello"], "give --labels or --task"),
         (["predict", "--backbone", "model", "--labels", "a", "a", "--", "x"], "twice"),

@@ -54,7 +54,7 @@ def bert() -> Backbone:
 def files(bert: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[TagFile, TagFile, TagFile]:
     """Two warm-ups of the default template, and one of another, in folders a, b and c."""
     monkeypatch.chdir(tmp_path)
-    models = [MarkupModel(bert, "markup", seed=seed) for seed in (1, 2)]
+    models = [MarkupModel(bert, "markup_letters", seed=seed) for seed in (1, 2)]
     models.append(MarkupModel(bert, Template.parse(OTHER, "other"), seed=3))
     for name, model in zip("abc", models, strict=True):
         model.save(name, {"tasks": [f"task of {name}"], "validation accuracy": 0.5, "seed": 1})
@@ -161,7 +161,7 @@ def test_what_cannot_be_averaged_names_the_folders(files: Three, bert: Backbone)
     a, b, c = files
     with pytest.raises(TagFileError, match="average: c lacks tag <classification>, which a has"):
         average([a, c])
-    wide = MarkupModel(bert, Template.load("markup").with_width({"<demo>": 5}))
+    wide = MarkupModel(bert, Template.load("markup_letters").with_width({"<demo>": 5}))
     wide.save("wide")
     with pytest.raises(TagFileError, match="tag <demo> has 2 soft tokens in a and 5 in wide"):
         interpolate(a, read_tags("wide"), 0.5)
@@ -186,11 +186,11 @@ def test_what_cannot_be_averaged_names_the_folders(files: Three, bert: Backbone)
 
 
 def test_tags_of_other_backbones_or_answers_are_refused_by_name(files: Three) -> None:
-    MarkupModel(tiny_backbone("roberta"), "markup").save("other")
+    MarkupModel(tiny_backbone("roberta"), "markup_letters").save("other")
     for operation in ("merge", "average", "interpolate"):
         with pytest.raises(TagFileError, match="a and other are for different backbones, 'tiny-bert' and 'tiny-rob"):
             composed(["a", "other"], operation=operation)
-    MarkupModel(tiny_backbone("bert"), "markup", answers="names", seed=2).save("named")
+    MarkupModel(tiny_backbone("bert"), "markup_letters", answers="names", seed=2).save("named")
     with pytest.raises(TagFileError, match="a and named are answered in different ways"):
         composed(["a", "named"], operation="average")
     assert composed(["a", "named"], operation="average", answers="names").answers == "names"
@@ -208,8 +208,8 @@ def test_tags_of_other_backbones_or_answers_are_refused_by_name(files: Three) ->
         ({"only": ["<nowhere>"]}, "none of the tag files has <nowhere>"),
         ({"rename": {"<nowhere>": "<x>"}}, "none of the tag files has <nowhere>"),
         ({"rename": {"a": {"<say>": "<x>"}}}, "rename: a has no tag <say>"),
-        ({"template": "plain_seen_01"}, "has no tags"),
-        ({"template": "markup"}, "c: has none of the tags .* of the template"),
+        ({"template": "plain_letters_text_label"}, "has no tags"),
+        ({"template": "markup_letters"}, "c: has none of the tags .* of the template"),
         ({"template": Template.parse(BOTH.replace("<demo>", "<new>"), "n")}, "a: has none of the tags <new>, <task>"),
         ({"revision": "main"}, "revision 'main' is given for 2 tag files"),
     ],

@@ -41,7 +41,7 @@ EXPERIMENT = """
 experiment: news
 tasks: [{path: huffpost41}]
 methods:
-  - {name: plain, templates: [plain_seen_01]}
+  - {name: plain, templates: [plain_letters_text_label]}
   - {name: tags, folders: [tags/0, tags/1]}
 settings: [{n_way: null, k_shot: 0}, {n_way: 5}]
 """
@@ -63,7 +63,7 @@ def test_nested_values_are_read_and_the_rest_are_defaults(tmp_path: Path) -> Non
     assert config.episodes == EpisodeConfig((2, 4), (1, 1), task_weights={"a": 2.0})
     assert config.optimiser == OptimiserConfig(steps=7, learning_rate=0.001)
     assert config.validation == ValidationConfig(patience=3)
-    assert (config.output, config.template, config.validation_tasks) == ("runs/x", "markup", [])
+    assert (config.output, config.template, config.validation_tasks) == ("runs/x", "markup_letters", [])
     experiment = load_config(ExperimentConfig, written(tmp_path, EXPERIMENT))
     assert experiment.methods[1] == MethodConfig("tags", folders=["tags/0", "tags/1"])
     assert experiment.settings == [Setting(None, 0), Setting(5)]

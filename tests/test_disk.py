@@ -122,7 +122,7 @@ def test_a_warm_up_in_a_read_only_folder_is_refused_and_one_that_becomes_so_goes
 
 @pytest.mark.parametrize("trouble", ["fill", "read_only"])
 def test_tags_and_classifiers_that_cannot_be_replaced_stay_as_they_were(trouble: str, disk: Disk) -> None:
-    model = MarkupModel(tiny_backbone("bert"), "markup")
+    model = MarkupModel(tiny_backbone("bert"), "markup_letters")
     labels = list(TEXTS)
     classifier = MarkupClassifier(model).fit([TEXTS[label][0] for label in labels], labels)
     model.save(disk.path / "tags")

@@ -21,10 +21,9 @@ import icl_markup
 from icl_markup.backbone import Backbone
 from icl_markup.cli import main
 from icl_markup.embedded import sample_folders
-from icl_markup.loading import BackboneConfig
 from icl_markup.model import MarkupModel
 from icl_markup.warmup_config import WarmupConfig
-from tests.conftest import tiny_backbone
+from tests.conftest import stand_in, tiny_backbone
 from tests.documentation import Block, Reader, matches, write_files
 from tests.hub_stand_in import hub_for
 
@@ -40,17 +39,11 @@ SHORTEST = 12
 
 
 @pytest.fixture(scope="session")
-def embedded() -> Backbone:
-    """The embedded backbone, loaded once."""
-    return Backbone.load(BackboneConfig("embedded", device="cpu"))
-
-
-@pytest.fixture(scope="session")
-def starting_place(embedded: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def starting_place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a reader has: the files of docs/data.md, the tags of a quickstart, and backbones of every kind."""
     folder = tmp_path_factory.mktemp("reader")
     write_files(DOCS / "data.md", folder)
-    MarkupModel(embedded).save(folder / "runs/quickstart/tags")
+    MarkupModel(stand_in()).save(folder / "runs/quickstart/tags")
     for name, kind in HUB.items():
         tiny = tiny_backbone(kind)
         tokenizer = copy.copy(tiny.tokenizer)  # other tests have the same one
@@ -62,22 +55,17 @@ def starting_place(embedded: Backbone, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture
-def reader(starting_place: Path, embedded: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Reader:
-    """A reader in a folder of their own; warm-ups take two steps, and the embedded backbone is there already."""
+def reader(starting_place: Path, tiny_default: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Reader:
+    """A reader in a folder of their own; warm-ups take two steps, and a tiny model stands in for the default one."""
     shutil.copytree(starting_place, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "110")
-    load, run = Backbone.load, icl_markup.run_warmup
-
-    def loaded(config: BackboneConfig | str = "embedded") -> Backbone:
-        is_embedded = (config if isinstance(config, str) else config.name) == "embedded"
-        return embedded if is_embedded else load(config)
+    run = icl_markup.run_warmup
 
     def in_small(config: WarmupConfig, **given: Any) -> Any:
         plan = replace(config.optimiser, steps=min(config.optimiser.steps, 2), batch_tokens=500, window=8)
         return run(replace(config, optimiser=plan, validation=replace(config.validation, episodes=2)), **given)
 
-    monkeypatch.setattr(Backbone, "load", staticmethod(loaded))
     monkeypatch.setattr(icl_markup, "run_warmup", in_small)
     monkeypatch.setattr("icl_markup.quickstart.run_warmup", in_small)
     folders = {"warmup": sample_folders("warmup"), "unseen": sample_folders("unseen")[:1]}

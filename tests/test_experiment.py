@@ -58,9 +58,9 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "methods": [
             {"name": "chance"},
             {"name": "majority"},
-            {"name": "label_names", "templates": ["plain_heldout_01"]},
-            {"name": "plain", "templates": ["plain_heldout_01", "plain_heldout_02"]},
-            {"name": "plain", "calibration": "batch", "templates": ["plain_heldout_01"], "settings": [0]},
+            {"name": "label_names", "templates": ["plain_letters_multiple_choice"]},
+            {"name": "plain", "templates": ["plain_letters_multiple_choice", "plain_letters_input_category"]},
+            {"name": "plain", "calibration": "batch", "templates": ["plain_letters_multiple_choice"], "settings": [0]},
             {"name": "tags_untrained"},
             {"name": "tags", "warmup": "warmup.yaml", "seeds": [0, 1]},
             {"name": "tags", "label": "2 tasks", "warmup": "warmup.yaml", "overrides": {"most_tasks": 2},
@@ -108,7 +108,7 @@ def test_every_method_gets_rows_and_a_second_run_measures_nothing(
     assert all(0 <= row["value"] <= 1 for row in of(rows, metric="expected_calibration_error"))
     assert of(rows, metric="right option offered, %", method="tags")
     plain = {r["template"]: r for r in of(closed, method="plain")}
-    two = [plain[name]["accuracy"] for name in ("plain_heldout_01", "plain_heldout_02")]
+    two = [plain[name]["accuracy"] for name in ("plain_letters_multiple_choice", "plain_letters_input_category")]
     assert plain["mean"]["accuracy"] == pytest.approx(np.mean(two), abs=2e-5)
     assert (plain["mean"]["minimum"], plain["mean"]["maximum"]) == (min(two), max(two))
     assert plain["best on validation"]["accuracy"] == plain[plain["best on validation"]["wording"]]["accuracy"]
@@ -172,8 +172,8 @@ def test_a_damaged_cell_is_an_error_that_names_it(workplace: Path) -> None:
     [
         ({"name": "tags"}, "folders"),
         ({"name": "plain"}, "templates is empty"),
-        ({"name": "plain", "templates": ["markup"]}, "has tags"),
-        ({"name": "tags_untrained", "templates": ["plain_seen_01"]}, "has no tags"),
+        ({"name": "plain", "templates": ["markup_letters"]}, "has tags"),
+        ({"name": "tags_untrained", "templates": ["plain_letters_text_label"]}, "has no tags"),
         ({"name": "embedding_knn", "options": {"neighbours": 3}}, "neighbours"),
         ({"name": "lora", "warmup": "warmup.yaml", "overrides": {"rank": 3}}, "rank"),
         ({"name": "tags_untrained", "without_tags": ["<demos>"]}, "did you mean '<demo>'"),

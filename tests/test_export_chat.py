@@ -26,7 +26,7 @@ ASKED = replace(EPISODE, queries=tuple(map(Query, QUERIES)))
 @pytest.mark.parametrize("system", ["", "Be brief."])
 @pytest.mark.parametrize("name", ANSWERING)
 def test_exports_of_tags_in_a_chat_ask_in_that_chat(name: str, system: str, tmp_path: Path) -> None:
-    model = MarkupModel(chat_backbone(name), "markup", seed=3, chat=ChatConfig(enabled=True, system=system))
+    model = MarkupModel(chat_backbone(name), "markup_letters", seed=3, chat=ChatConfig(enabled=True, system=system))
     merged = export_merged(model, tmp_path / "merged")
     exported = Exported.load(merged.folder)
     assert exported.chat == model.chat
@@ -46,7 +46,7 @@ def test_exports_of_tags_in_a_chat_ask_in_that_chat(name: str, system: str, tmp_
 
 def test_an_adapter_brings_its_chat_back(tmp_path: Path) -> None:
     backbone = chat_backbone("llama3")
-    model = MarkupModel(backbone, "markup", seed=3, chat=ChatConfig(enabled=True, system="Be brief."))
+    model = MarkupModel(backbone, "markup_letters", seed=3, chat=ChatConfig(enabled=True, system="Be brief."))
     export_peft(model, tmp_path / "adapter")
     again = import_peft(tmp_path / "adapter", backbone)
     assert again.chat == model.chat
@@ -55,5 +55,7 @@ def test_an_adapter_brings_its_chat_back(tmp_path: Path) -> None:
 
 def test_byte_level_chats_can_be_asked_as_text(tmp_path: Path) -> None:
     for name in ("llama3", "qwen2_5"):
-        model = MarkupModel(chat_backbone(name), "markup", seed=3, chat=ChatConfig(enabled=True, system="Be brief."))
+        model = MarkupModel(
+            chat_backbone(name), "markup_letters", seed=3, chat=ChatConfig(enabled=True, system="Be brief.")
+        )
         assert export_merged(model, tmp_path / name).text_prompts

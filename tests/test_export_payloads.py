@@ -107,12 +107,12 @@ def test_what_the_engines_cannot_do_is_an_error(model: MarkupModel) -> None:
         other = warmed(tiny_backbone(name))
         with pytest.raises(ExportError, match="score causal models"):
             vllm_embeds_request(other, other.markup.compose_each(_one())[0], "x")
-    named = MarkupModel(model.backbone, "markup", answers="names")
+    named = MarkupModel(model.backbone, "markup_letters", answers="names")
     with pytest.raises(ExportError, match="whole names"):
         vllm_embeds_request(named, named.markup.compose_each(_one())[0], "x")
     with pytest.raises(ExportError, match="no prompt"):
         sglang_score_request(model, [], "x")
-    plain = MarkupModel(model.backbone, "plain_heldout_01")
+    plain = MarkupModel(model.backbone, "plain_letters_multiple_choice")
     with pytest.raises(ExportError, match="no tags"):
         prompt_embeds(plain, plain.markup.compose_each(_one())[0])
 

@@ -79,7 +79,7 @@ def test_prompts_without_a_tag_are_answered_as_by_the_bare_base(tmp_path: Path) 
 
 
 def test_an_exported_adapter_is_imported_with_its_names_template_and_values(backbone: Backbone, tmp_path: Path) -> None:
-    model = MarkupModel(backbone, "markup", seed=4, answers="names", length_normalised=False)
+    model = MarkupModel(backbone, "markup_letters", seed=4, answers="names", length_normalised=False)
     export_peft(model, tmp_path / "adapter")
     again = import_peft(tmp_path / "adapter", backbone)
     assert torch.equal(again.table.rows, model.table.rows)

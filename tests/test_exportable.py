@@ -19,7 +19,6 @@ from icl_markup.export_peft import export_peft
 from icl_markup.exportable import check_exportable, embedding_scale
 from icl_markup.exported import Exported
 from icl_markup.import_peft import import_peft
-from icl_markup.loading import BackboneConfig
 from icl_markup.model import MarkupModel
 from icl_markup.prompt import Prompt
 from tests.conftest import byte_level_tokenizer, tiny_backbone
@@ -157,7 +156,7 @@ def test_a_model_that_looks_ids_up_in_every_layer_takes_no_tags_but_plain_words(
     backbone = decoder("Gemma4", layer_types=LAYERS, **per_layer, num_kv_shared_layers=0, global_head_dim=8)
     with pytest.raises(BackboneError, match=r"in every layer.*without such tables"):
         MarkupModel(backbone)
-    assert MarkupModel(backbone, "plain_heldout_01").classify(["is it cold"], ["weather", "lost card"])
+    assert MarkupModel(backbone, "plain_letters_multiple_choice").classify(["is it cold"], ["weather", "lost card"])
     without = {**per_layer, "hidden_size_per_layer_input": 0}
     MarkupModel(decoder("Gemma4", layer_types=LAYERS, **without, num_kv_shared_layers=0, global_head_dim=8))
 
@@ -174,9 +173,7 @@ def test_what_cannot_be_written_is_refused_before_or_after_and_never_left_behind
         with pytest.raises(ExportError, match=r"float64 are not exported.*bf16"):
             check_exportable(warmed(double), form)
         with pytest.raises(ExportError, match="has no tags"):
-            check_exportable(MarkupModel(tiny_backbone("bert"), "plain_heldout_01"), form)
-        with pytest.raises(ExportError, match="part by part"):
-            check_exportable(MarkupModel.untrained(BackboneConfig("embedded", device="cpu")), form)
+            check_exportable(MarkupModel(tiny_backbone("bert"), "plain_letters_multiple_choice"), form)
     with pytest.raises(ExportError, match="score causal models"):
         check_exportable(warmed(tiny_backbone("t5")), "vectors")
 

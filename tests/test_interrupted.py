@@ -47,7 +47,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     (folder / "warmup.yaml").write_text(json.dumps(run))
     methods = [{"name": name} for name in ("chance", "plain", "tags_untrained")]
-    methods[1]["templates"] = ["plain_heldout_01"]  # type: ignore[assignment]
+    methods[1]["templates"] = ["plain_letters_multiple_choice"]  # type: ignore[assignment]
     measured = {
         "experiment": "e",
         "backbone": run["backbone"],

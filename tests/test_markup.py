@@ -20,11 +20,11 @@ from icl_markup.errors import PromptError
 from icl_markup.markup import SHORTEST_DEMO, Markup
 from icl_markup.prompt import Prompt
 from icl_markup.tags import TagTable
-from icl_markup.template import Node, Template
+from icl_markup.template import Node, Template, shipped_templates
 from tests.conftest import KINDS, tiny_backbone
-from tests.test_text import BYTE_LEVEL, FAST, adversarial_episodes
+from tests.test_text import BYTE_LEVEL, FAST, adversarial_episodes, adversarial_text
 
-MARKUP = Template.load("markup")
+MARKUP = Template.load("markup_letters")
 UNNUMBERED = Template.parse(MARKUP.source.replace("{symbol}: ", ""))
 NAMES = ("lost card", "opening hours", "complaint")
 MANY = Episode(tuple(Option(f"label {i}") for i in range(40)), (), (Query("a"),))
@@ -84,7 +84,7 @@ def test_tags_and_slots_are_what_the_template_says_whatever_the_texts_are(kind: 
 
 
 @pytest.mark.parametrize("kind", BYTE_LEVEL)
-@pytest.mark.parametrize("template", ["markup", "plain_seen_06", "plain_heldout_05"])
+@pytest.mark.parametrize("template", ["markup_letters", "plain_letters_quoted_message", "plain_letters_bare"])
 @settings(FAST, max_examples=30)
 @given(episode=adversarial_episodes())
 def test_texts_and_names_come_through_whole(kind: str, template: str, episode: Episode) -> None:
@@ -95,7 +95,9 @@ def test_texts_and_names_come_through_whole(kind: str, template: str, episode: E
     assert [value.removeprefix(" ") for value in values] == [text.strip() for text in texts]
 
 
-@pytest.mark.parametrize("template", ["markup", "plain_seen_01", "plain_seen_06", "plain_heldout_05"])
+@pytest.mark.parametrize(
+    "template", ["markup_letters", "plain_letters_text_label", "plain_letters_quoted_message", "plain_letters_bare"]
+)
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
 def test_each_query_of_a_masked_prompt_has_one_mask_at_its_slot(kind: str, template: str) -> None:
     markup = composer(kind, Template.load(template))
@@ -120,11 +122,11 @@ def test_every_part_of_a_prompt_is_a_segment_and_the_same_wherever_it_stands(
     episode = data.draw(adversarial_episodes(most_queries=3))
     episode = replace(episode, task_description=data.draw(st.sampled_from(["", " ", "a bank"])))
     prompt = markup.compose(episode)
-    parts = [number for number, _ in groupby(prompt.segments)]
+    segments = [piece.segment for piece in prompt.pieces for _ in piece.ids]
+    parts = [number for number, _ in groupby(segments)]
     queries = [-1 - i for i in range(len(episode.queries))]
     assert parts == [*range(1 + len(episode.options) + len(episode.demos)), *queries, 0]
-    assert len(prompt.segments) == len(prompt.ids)
-    assert [prompt.segments[slot.position] for slot in prompt.slots] == queries
+    assert [segments[slot.position] for slot in prompt.slots] == queries
     for number, query in zip(queries, episode.queries, strict=True):
         single = markup.compose(replace(episode, queries=(query,)))
         assert segment_of(single, -1) == segment_of(prompt, number)
@@ -161,7 +163,16 @@ def test_a_prompt_is_composed_whole_where_nothing_need_give_way(kind: str, answe
         roomy.compose_whole(replace(episode, queries=(Query(" "),)))
 
 
-@pytest.mark.parametrize("template", ["markup", "plain_seen_01", "plain_seen_02", "plain_seen_06", "plain_heldout_05"])
+@pytest.mark.parametrize(
+    "template",
+    [
+        "markup_letters",
+        "plain_letters_text_label",
+        "plain_letters_input_category",
+        "plain_letters_quoted_message",
+        "plain_letters_bare",
+    ],
+)
 def test_a_causal_slot_is_the_position_before_the_answer(template: str) -> None:
     markup = composer("llama", Template.load(template))
     episode = an_episode()
@@ -180,6 +191,89 @@ def test_a_sequence_to_sequence_prompt_has_one_slot_at_the_decoders_beginning(an
     assert (slot.position, slot.is_query, slot.answer) == (0, True, 1)
     assert prompt.ids[-1] == markup.encoder.tokenizer.eos_token_id
     assert slot.candidates == (markup.option_symbols(3) if answers == "symbols" else ())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@FAST
+@given(names=st.lists(adversarial_text().filter(str.strip), min_size=2, max_size=4), answer=st.integers(0, 1))
+def test_a_name_has_the_same_tokens_beside_its_option_and_where_it_answers(
+    kind: str, names: list[str], answer: int
+) -> None:
+    markup = composer(kind, Template.load("markup_words"), answers="names")
+    episode = Episode(tuple(map(Option, names)), (Demo("I lost my card", answer),), (Query("when do you open"),))
+    prompt = markup.compose(episode)
+    shown = [markup.name_ids(name) for name in names]
+    texts = [markup.name_ids(text) for text in ("I lost my card", "when do you open")]
+    assert values_of(prompt) == [ids for ids in (*shown, texts[0], shown[answer], texts[1]) if ids]
+    assert prompt.slots[-1].spaced
+
+
+def test_the_markup_in_words_is_the_prompt_that_is_assembled_by_hand() -> None:
+    markup = composer("llama", Template.load("markup_words"), answers="names")
+    tag, encode = (
+        markup._tag_ids,
+        lambda text: tuple(markup.encoder.tokenizer(text, add_special_tokens=False).input_ids),
+    )
+    line = encode("\n")
+    shown = (*tag["<classification>"], *tag["<options>"])
+    for name in NAMES:
+        shown += (*line, *encode(f" {name}"))
+    for text, name in (("I lost my card", NAMES[0]), ("are you open on Sunday", NAMES[1])):
+        shown += (*line, *tag["<demo>"], *tag["<input>"], *encode(f" {text}"), *tag["<label>"], *encode(f" {name}"))
+    asked = (*line, *tag["<demo>"], *tag["<input>"], *encode(" when do you open"), *tag["<label>"])
+    prompt = markup.compose(an_episode(["I lost my card", "are you open on Sunday"]))
+    assert prompt.ids == (*markup.layout.prefix, *shown, *asked)
+    assert (prompt.slots[-1].position, prompt.slots[-1].spaced) == (len(prompt.ids) - 1, True)
+    assert markup.name_ids(NAMES[0]) == encode(f" {NAMES[0]}")
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "option", "query"),
+    [
+        ("request_kind", "Task: decide which kind of request this is. Kinds:", " {},", "\nRequest: {}\nKind:"),
+        ("text_label", "Classify each text. The possible labels are:", "\n- {}", "\n\nText: {}\nLabel:"),
+        (
+            "message_category",
+            "Choose the category that fits the message best.\nCategories:",
+            "\n{}",
+            "\nMessage: {}\nCategory:",
+        ),
+        ("input_output", "Options:", " {};", "\nInput: {}\nOutput:"),
+    ],
+)
+def test_a_prompt_in_plain_words_is_the_text_that_it_reads_as(name: str, head: str, option: str, query: str) -> None:
+    markup = composer("llama", Template.load(f"plain_words_{name}"), answers="names")
+    demos = [("I lost my card", NAMES[0]), ("are you open on Sunday", NAMES[1])]
+    text = head + "".join(map(option.format, NAMES))
+    text += "".join(f"{query.format(shown)} {label}" for shown, label in demos) + query.format("when do you open")
+    prompt = markup.compose(an_episode([shown for shown, _ in demos]))
+    whole = markup.encoder.tokenizer(text, add_special_tokens=False).input_ids
+    assert prompt.ids == (*markup.layout.prefix, *whole)
+    assert prompt.slots[-1].spaced
+
+
+@pytest.mark.parametrize("name", shipped_templates("plain_words"))
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_wording_in_words_shows_all_names_and_asks(kind: str, name: str) -> None:
+    markup = composer(kind, Template.load(name), answers="names")
+    prompt = markup.compose(an_episode())
+    both = {name: {markup.name_ids(name, spaced) for spaced in (True, False)} for name in NAMES}
+    *shown, _query = values_of(prompt)
+    options, labels = shown[:3], [ids for ids in shown[3:] if any(ids in forms for forms in both.values())]
+    assert all(ids in both[name] for ids, name in zip(options, NAMES, strict=True))
+    assert labels == [markup.name_ids(name, prompt.slots[-1].spaced) for name in NAMES]
+
+
+@pytest.mark.parametrize("kind", ["llama", "roberta", "t5"])
+def test_a_space_that_is_asked_for_is_written_before_a_tag_and_at_the_end_of_a_part(kind: str) -> None:
+    source = MARKUP.source.replace("<demo> <input>", r"<demo>\s<input>").replace("{name}", r"{name}\s")
+    markup, without = composer(kind, Template.parse(source)), composer(kind)
+    space = tuple(markup.encoder.encode(" "))
+    assert space
+    prompt, bare = markup.compose(an_episode()), without.compose(an_episode())
+    count = len(NAMES) + len(an_episode().demos) + 1
+    assert sum(piece.ids == space for piece in prompt.pieces) == count
+    assert [piece for piece in prompt.pieces if piece.ids != space] == list(bare.pieces)
 
 
 def test_a_symbol_is_one_and_the_same_token_wherever_it_stands() -> None:
@@ -296,7 +390,7 @@ def test_a_prompt_that_is_too_long_gives_up_demonstrations_and_nothing_else(
         assert len(bare.ids) + sum(least[i] for i in kept) + lost > room, "one more would have fitted"
 
 
-@pytest.mark.parametrize("template", ["plain_seen_03", "plain_seen_06", "plain_heldout_05"])
+@pytest.mark.parametrize("template", ["plain_letters_arrow", "plain_letters_quoted_message", "plain_letters_bare"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_limit_holds_where_no_space_stands_before_a_text(kind: str, template: str) -> None:
     episode = an_episode(["日本語" * 8, "?!" * 20, "card " * 20])

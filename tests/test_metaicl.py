@@ -58,7 +58,7 @@ def answers(model: MarkupModel) -> torch.Tensor:
 
 
 def plain(backbone: Backbone) -> torch.Tensor:
-    return answers(MarkupModel(backbone, "plain_seen_01"))
+    return answers(MarkupModel(backbone, "plain_letters_text_label"))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -360,19 +360,6 @@ def test_weights_of_lower_precision_are_trained_in_fp32_under_autocast(method: s
     assert torch.equal(answers(load_metaicl(result.folder, backbone)[0]), answers(result.model))
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_layers_that_read_by_segments_stay_so(method: str, tmp_path: Path) -> None:
-    whole = tiny_backbone("bert")
-    whole.model.config.icl_markup = {"local_layers": 1, "max_length": 200}
-    backbone = Backbone(whole.model, whole.tokenizer, "masked", name="tiny-local")
-    result = train(tmp_path, backbone=backbone, method=method)
-    loaded, _ = load_metaicl(result.folder, backbone)
-    assert (loaded.backbone.local_layers, loaded.backbone.max_length) == (1, 200)
-    assert torch.equal(answers(loaded), answers(result.model))
-    loaded.backbone.local_layers = 0
-    assert not torch.allclose(answers(loaded), answers(result.model), atol=1e-4)
-
-
 def test_activations_are_recomputed_where_the_backbone_does_so(tmp_path: Path) -> None:
     backbone = tiny_backbone("llama")
     usual = train(tmp_path / "usual", backbone=backbone)
@@ -422,7 +409,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, monkeypatch: py
 
 def test_what_cannot_be_trained_is_refused(tmp_path: Path) -> None:
     with pytest.raises(WarmupError, match="take one in plain words"):
-        train(tmp_path, template="markup")
+        train(tmp_path, template="markup_letters")
     with pytest.raises(ConfigError, match=r"lora_targets: .*not_a_layer"):
         train(tmp_path, lora_targets=["not_a_layer"])
     with pytest.raises(ConfigError, match="the output head"):

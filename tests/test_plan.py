@@ -31,14 +31,10 @@ from icl_markup.workload import Curve, Size, Workload
 from tests.conftest import KINDS, TEXTS, tiny_backbone, tiny_task
 from tests.test_activations import counted
 
-CASES = (*KINDS, "segments")
-
 
 def saved(case: str, folder: Path) -> BackboneConfig:
     """Save a tiny backbone, and return the configuration that loads it."""
-    backbone = tiny_backbone("bert" if case == "segments" else case)
-    if case == "segments":
-        backbone.model.config.icl_markup = {"local_layers": 1, "anchors": True}
+    backbone = tiny_backbone(case)
     backbone.model.save_pretrained(folder)
     backbone.tokenizer.save_pretrained(folder)
     return BackboneConfig(str(folder), device="cpu", precision="none", max_length=256)
@@ -99,7 +95,7 @@ def measured(model: MarkupModel, items: tuple[Item, ...], all_slots: bool = True
     return counter.get_total_flops(), sum(size for place, size in kept.items() if place not in known)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", KINDS)
 def test_a_plan_without_weights_costs_what_the_model_costs(case: str, config: WarmupConfig, tmp_path: Path) -> None:
     named = saved(case, tmp_path / "model")
     real = MarkupModel(Backbone.load(named))
@@ -247,7 +243,7 @@ def test_the_command_prints_tables_or_json(workplace: Path, capsys: pytest.Captu
         (["--optimiser.stepz", "3"], "did you mean 'steps'"),
         (["--backbone.name", "nowhere/at-all"], "nowhere/at-all"),
         (["--backbone.kind", "masked"], "masked model"),
-        (["--template", "plain_seen_01"], "nothing to warm up"),
+        (["--template", "plain_letters_text_label"], "nothing to warm up"),
     ],
 )
 def test_errors_are_told_in_one_line(

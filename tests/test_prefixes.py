@@ -96,7 +96,7 @@ def whole(model: MarkupModel, episodes: Sequence[Episode]) -> torch.Tensor:
 def test_scores_over_the_cache_are_those_of_whole_prompts(name: str, answers: str, attention: str) -> None:
     backbone = causal(name)
     backbone.model.set_attn_implementation(attention)
-    model = MarkupModel(backbone, "markup", answers=answers)
+    model = MarkupModel(backbone, "markup_letters", answers=answers)
     rng = random.Random(3)
     many = asked([drawn(rng, 30) for _ in range(20)], [(drawn(rng, 6), rng.choice(LABELS)) for _ in range(8)])
     episodes = [many, asked(), asked(["only one"])]
@@ -112,7 +112,7 @@ def test_scores_over_the_cache_are_those_of_whole_prompts(name: str, answers: st
 @pytest.mark.parametrize("answers", ["symbols", "names"])
 @pytest.mark.parametrize("tokens", [1, 60, 10**6])
 def test_the_size_of_batches_changes_no_score(answers: str, tokens: int) -> None:
-    model = MarkupModel(causal("gpt2"), "markup", answers=answers)
+    model = MarkupModel(causal("gpt2"), "markup_letters", answers=answers)
     episodes = [asked(), asked(TEXTS[::-1], DEMOS[:1])]
     assert torch.allclose(flat(model, episodes, tokens), whole(model, episodes), atol=1e-5)
     assert model.prefixes.counts.reused > 0
@@ -126,7 +126,7 @@ def test_no_sequence_holds_more_new_tokens_than_a_batch_may(monkeypatch: pytest.
         return grow(backbone, table, trees)
 
     monkeypatch.setattr(sharing, "grow", counting)
-    model = MarkupModel(causal("llama"), "markup")
+    model = MarkupModel(causal("llama"), "markup_letters")
     rng = random.Random(1)
     model.scores([asked([drawn(rng, 10) for _ in range(40)])], 100)
     assert max(sizes) <= 100
@@ -136,7 +136,7 @@ def test_no_sequence_holds_more_new_tokens_than_a_batch_may(monkeypatch: pytest.
 
 
 def test_demonstrations_that_were_shortened_for_one_query_are_not_shared_with_others() -> None:
-    model = MarkupModel(causal("gpt2"), "markup")
+    model = MarkupModel(causal("gpt2"), "markup_letters")
     rng = random.Random(5)
     demos = [(" ".join(rng.choice(WORDS) for _ in range(9 + 5 * i)), rng.choice(LABELS)) for i in range(6)]
     episode = asked([drawn(rng, 20) for _ in range(12)], demos)
@@ -147,7 +147,7 @@ def test_demonstrations_that_were_shortened_for_one_query_are_not_shared_with_ot
 
 @pytest.mark.parametrize("answers", ["symbols", "names"])
 def test_a_second_call_computes_no_prefix_token_again(answers: str) -> None:
-    model = MarkupModel(causal("llama"), "markup", answers=answers)
+    model = MarkupModel(causal("llama"), "markup_letters", answers=answers)
     counts = model.prefixes.counts
     model.classify(["hi"], LABELS, DEMOS)
     length = prefix_length(model.markup.compose(asked(["hi"])))
@@ -161,7 +161,7 @@ def test_a_second_call_computes_no_prefix_token_again(answers: str) -> None:
 
 @pytest.mark.parametrize("answers", ["symbols", "names"])
 def test_a_changed_tag_row_or_weight_is_noticed(answers: str) -> None:
-    model = MarkupModel(causal("llama"), "markup", answers=answers)
+    model = MarkupModel(causal("llama"), "markup_letters", answers=answers)
     before = flat(model, [asked()])
     for parameter in (model.table.rows, model.backbone.model.model.layers[0].self_attn.v_proj.weight):
         with torch.no_grad():
@@ -175,7 +175,7 @@ def test_a_changed_tag_row_or_weight_is_noticed(answers: str) -> None:
 
 
 def test_bytes_are_bounded_and_the_longest_unused_go_first() -> None:
-    model = MarkupModel(causal("llama"), "plain_seen_01")
+    model = MarkupModel(causal("llama"), "plain_letters_text_label")
     episodes = [asked(TEXTS, [(word, "weather")] * 3) for word in ("rain", "cold", "time")]
     model.scores(episodes[:1])
     size = model.prefixes.bytes
@@ -194,7 +194,7 @@ def test_bytes_are_bounded_and_the_longest_unused_go_first() -> None:
 
 
 def test_a_cache_without_room_keeps_nothing_and_gives_the_same_scores() -> None:
-    model = MarkupModel(causal("llama"), "markup")
+    model = MarkupModel(causal("llama"), "markup_letters")
     wanted = flat(model, [asked()])
     model.prefixes = PrefixCache(0)
     assert torch.equal(flat(model, [asked()]), wanted)
@@ -221,7 +221,7 @@ def test_the_number_of_prefixes_is_bounded_and_clearing_empties() -> None:
 
 @pytest.mark.parametrize("name", ["mistral", "gemma2", "gpt_neo"])
 def test_a_window_that_prompts_are_longer_than_gets_whole_prompts(name: str) -> None:
-    windowed, wide = (MarkupModel(causal(name, window=w), "markup") for w in (40, 200))
+    windowed, wide = (MarkupModel(causal(name, window=w), "markup_letters") for w in (40, 200))
     episode = asked([*TEXTS, *["is it open on the day after that"] * 12])
     assert torch.equal(flat(windowed, [episode]), whole(windowed, [episode]))
     assert windowed.backbone.exactness == Exactness(40)
@@ -232,7 +232,7 @@ def test_a_window_that_prompts_are_longer_than_gets_whole_prompts(name: str) -> 
 
 
 def test_angles_that_depend_on_the_length_of_a_prompt_are_not_shared() -> None:
-    model = MarkupModel(causal("dynamic"), "markup")
+    model = MarkupModel(causal("dynamic"), "markup_letters")
     episodes = [asked([text]) for text in ("hi", "hi there", "when do you close " * 6)]
     wanted = torch.cat([whole(model, [episode]) for episode in episodes])  # in one batch, angles are the longest's
     assert model.backbone.exactness == Exactness(89)
@@ -246,7 +246,7 @@ def test_angles_that_depend_on_the_length_of_a_prompt_are_not_shared() -> None:
 
 @pytest.mark.parametrize("name", ["bloom", "mpt", "lfm2"])
 def test_models_that_cannot_be_packed_get_whole_prompts(name: str) -> None:
-    model = MarkupModel(causal(name), "markup")
+    model = MarkupModel(causal(name), "markup_letters")
     assert model.backbone.exactness.limit == 0
     assert model.backbone.exactness.obstacle
     assert torch.equal(flat(model, [asked()]), whole(model, [asked()]))
@@ -254,7 +254,7 @@ def test_models_that_cannot_be_packed_get_whole_prompts(name: str) -> None:
 
 
 def test_an_attention_that_may_take_no_mask_gets_whole_prompts() -> None:
-    model = MarkupModel(causal("llama"), "markup")
+    model = MarkupModel(causal("llama"), "markup_letters")
     wanted, calls = whole(model, [asked()]), model.prefixes.counts
     model.scores([asked()])
     reused = calls.reused
@@ -269,7 +269,7 @@ def test_an_attention_that_may_take_no_mask_gets_whole_prompts() -> None:
 
 
 def test_other_kinds_share_nothing(backbone: Backbone) -> None:
-    model = MarkupModel(backbone, "markup")
+    model = MarkupModel(backbone, "markup_letters")
     model.classify(TEXTS, LABELS, DEMOS)
     assert (len(model.prefixes) > 0) == (backbone.exactness.limit > 0) == (backbone.kind == "causal")
 
@@ -278,14 +278,14 @@ def test_the_model_is_bit_identical_afterwards() -> None:
     backbone = causal("qwen3")
     before = backbone.checksum()
     for answers in ("symbols", "names"):
-        MarkupModel(backbone, "markup", answers=answers).classify(TEXTS, LABELS, DEMOS)
+        MarkupModel(backbone, "markup_letters", answers=answers).classify(TEXTS, LABELS, DEMOS)
     assert backbone.checksum() == before
 
 
 @pytest.mark.parametrize("changed", [0, 1, 3])
 @pytest.mark.parametrize("answers", ["symbols", "names"])
 def test_nothing_leaks_from_one_packed_query_to_another(answers: str, changed: int) -> None:
-    model = MarkupModel(causal("gpt2"), "markup", answers=answers)
+    model = MarkupModel(causal("gpt2"), "markup_letters", answers=answers)
     texts = [*TEXTS[:changed], "something else altogether, much longer than before", *TEXTS[changed + 1 :]]
     difference = (flat(model, [asked()]) - flat(model, [asked(texts)])).abs().amax(1)
     others = [i for i in range(len(TEXTS)) if i != changed]
@@ -294,7 +294,7 @@ def test_nothing_leaks_from_one_packed_query_to_another(answers: str, changed: i
 
 
 def test_prompts_with_demonstrations_of_their_own_share_their_head() -> None:
-    model = MarkupModel(causal("llama"), "markup")
+    model = MarkupModel(causal("llama"), "markup_letters")
     rng = random.Random(2)
     episodes = [
         asked([drawn(rng, 8)], [(f"{word} {drawn(rng, 8)}", rng.choice(LABELS)) for _ in range(3)]) for word in WORDS
@@ -311,18 +311,18 @@ def test_prompts_with_demonstrations_of_their_own_share_their_head() -> None:
 
 def test_recomputed_activations_do_not_stand_in_the_way() -> None:
     backbone = causal("gpt2")
-    wanted = flat(MarkupModel(backbone, "markup"), [asked()])
+    wanted = flat(MarkupModel(backbone, "markup_letters"), [asked()])
     checkpoint_gradients(backbone.model)
     backbone = Backbone(backbone.model, backbone.tokenizer, "causal", max_length=250)
     backbone.model.train()
-    model = MarkupModel(backbone, "markup")
+    model = MarkupModel(backbone, "markup_letters")
     assert torch.allclose(flat(model, [asked()]), wanted, atol=1e-5)
     assert model.prefixes.counts.reused > 0
     assert all(module.training for module in backbone.model.modules())
 
 
 def test_training_has_its_gradients_and_leaves_the_cache_alone() -> None:
-    model = MarkupModel(causal("llama"), "markup")
+    model = MarkupModel(causal("llama"), "markup_letters")
     model.scores([asked()])
     computed = model.prefixes.counts.computed
     episode = asked(["hi"])

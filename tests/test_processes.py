@@ -26,7 +26,6 @@ from icl_markup.model import MarkupModel
 from icl_markup.processes import Processes
 from tests.conftest import TEXTS, tiny_backbone
 from tests.in_processes import EPISODES, KINDS, warmed_up
-from tests.test_segments import network
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "accelerate"
 BY = {"split": "fsdp2.yaml", "zero": "zero3.yaml"}
@@ -58,12 +57,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with backbones, a task and an experiment, which one process has measured into rows1.jsonl and cells1."""
     folder = tmp_path_factory.mktemp("processes")
     for name in KINDS:
-        if name == "segments":
-            model, tokenizer = network("bert")
-            model.config.icl_markup = {"local_layers": 1}
-        else:
-            model, tokenizer = tiny_backbone(name).model, tiny_backbone(name).tokenizer
-        tokenizer = copy.deepcopy(tokenizer)  # the tests share it
+        model = tiny_backbone(name).model
+        tokenizer = copy.deepcopy(tiny_backbone(name).tokenizer)  # the tests share it
         tokenizer.model_max_length = 256
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
@@ -97,8 +92,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ],
         "methods": [
             {"name": "majority"},
-            {"name": "plain", "templates": ["plain_heldout_01", "plain_heldout_02"]},
-            {"name": "plain", "calibration": "batch", "templates": ["plain_heldout_01"]},
+            {"name": "plain", "templates": ["plain_letters_multiple_choice", "plain_letters_input_category"]},
+            {"name": "plain", "calibration": "batch", "templates": ["plain_letters_multiple_choice"]},
             {"name": "tags", "warmup": "warmup.yaml", "settings": [0]},
             {"name": "tags", "label": "odd", "warmup": "warmup.yaml", "settings": [0],
              "overrides": {"optimiser.batches_per_step": 1}},
@@ -237,7 +232,7 @@ def test_a_backbone_split_over_two_processes_gives_the_tags_and_answers_of_a_who
     assert torch.allclose(torch.tensor(ours["rows"]), rows, atol=3e-5 if by == "zero" else 1e-5)
     assert ours["rows"] == theirs["rows"] and ours["loss"] == theirs["loss"]
     assert np.allclose(ours["loss"], answer_queries(model, EPISODES).loss, atol=1e-5)
-    names = MarkupModel(model.backbone, "markup", model.table.vectors(), answers="names")
+    names = MarkupModel(model.backbone, "markup_letters", model.table.vectors(), answers="names")
     scores = [one.scores.tolist() for found in names.scores(EPISODES) for one in found]
     assert np.allclose(ours["names"], scores, atol=1e-5)
     runs = (workplace / by / name, tmp_path / "run")

@@ -19,12 +19,14 @@ from tokenizers import processors
 from icl_markup.backbone import Backbone
 from icl_markup.batching import Batch
 from icl_markup.episodes import Demo, Episode, EpisodeConfig, EpisodeSampler, Option, Query
+from icl_markup.markup import Answers
 from icl_markup.model import MarkupModel
 from icl_markup.template import Template
 from icl_markup.warmup import OptimiserConfig, ValidationConfig, WarmupConfig, run_warmup
 from tests.conftest import byte_level_tokenizer, tiny_backbone, tiny_task
 
-NAME, PLAIN = "prompt_tuning_01", "plain_seen_01"
+NAME, PLAIN = "prompt_tuning_letters", "plain_letters_text_label"
+PAIRS = [(NAME, PLAIN, "symbols"), ("prompt_tuning_words", "plain_words_text_label", "names")]
 OPTIONS = (Option("lost card"), Option("opening hours"), Option("weather"))
 EPISODES = [
     Episode(OPTIONS, (Demo("will it rain", 2),), (Query("where is my bank card", 0),)),
@@ -46,16 +48,20 @@ def without_first_token() -> Backbone:
     return backbone
 
 
-def test_it_has_as_many_parameters_as_the_default_tags(backbone: Backbone) -> None:
-    tuned, tags = MarkupModel(backbone, NAME), MarkupModel(backbone, "markup")
+@pytest.mark.parametrize(("name", "default"), [(NAME, "markup_letters"), ("prompt_tuning_words", "markup_words")])
+def test_it_has_as_many_parameters_as_the_default_tags(backbone: Backbone, name: str, default: str) -> None:
+    tuned, tags = (MarkupModel(backbone, template, answers="names") for template in (name, default))
     assert [tag.width for tag in tuned.template.tags] == [10]
     assert tuned.table.rows.shape == tags.table.rows.shape
 
 
-def test_what_follows_the_block_is_the_plain_prompt_token_for_token(backbone: Backbone) -> None:
-    tuned, plain = MarkupModel(backbone, NAME), MarkupModel(backbone, PLAIN)
+@pytest.mark.parametrize(("name", "wording", "answers"), PAIRS)
+def test_what_follows_the_block_is_the_plain_prompt_token_for_token(
+    backbone: Backbone, name: str, wording: str, answers: Answers
+) -> None:
+    tuned, plain = (MarkupModel(backbone, template, answers=answers) for template in (name, wording))
     block = tuple(tuned.table.ids("<prompt>"))
-    sampler = EpisodeSampler([tiny_task()], EpisodeConfig(n_way=(2, 3), k_shot=(0, 2), none_option=0.5), seed=2)
+    sampler = EpisodeSampler([tiny_task()], EpisodeConfig(n_way=(2, 3), k_shot=(0, 1), none_option=0.5), seed=2)
     for episode in (sampler.episode(0, i) for i in range(20)):
         ours, theirs = tuned.markup.compose(episode), plain.markup.compose(episode)
         first = len(backbone.layout.prefix)
@@ -64,8 +70,9 @@ def test_what_follows_the_block_is_the_plain_prompt_token_for_token(backbone: Ba
         assert ours.slots == tuple(replace(slot, position=slot.position + moved) for slot in theirs.slots)
 
 
-def test_the_template_differs_from_the_plain_one_in_the_block_alone() -> None:
-    tuned, plain = Template.load(NAME), Template.load(PLAIN)
+@pytest.mark.parametrize(("name", "wording"), [pair[:2] for pair in PAIRS])
+def test_the_template_differs_from_the_plain_one_in_the_block_alone(name: str, wording: str) -> None:
+    tuned, plain = Template.load(name), Template.load(wording)
     assert tuned.head[0].value == "<prompt>"
     assert tuned.head[1:] == plain.head
     assert (tuned.option, tuned.demo, tuned.query, tuned.tail) == (plain.option, plain.demo, plain.query, plain.tail)

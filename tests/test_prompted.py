@@ -14,7 +14,8 @@ from icl_markup.episodes import Demo, Episode, Option, Query
 from icl_markup.experiment_config import RetrievalConfig
 from icl_markup.method import EpisodeScores
 from icl_markup.model import MarkupModel
-from icl_markup.prompted import CONTENT_FREE, Prompted, out_of_scope
+from icl_markup.priors import CONTENT_FREE
+from icl_markup.prompted import Prompted, out_of_scope
 from icl_markup.retrieval import Retrieved
 from icl_markup.tasks import NONE_OF_THE_ABOVE
 from tests.conftest import TEXTS, tiny_backbone
@@ -22,7 +23,7 @@ from tests.conftest import TEXTS, tiny_backbone
 
 @pytest.fixture(scope="module")
 def model() -> MarkupModel:
-    return MarkupModel(tiny_backbone("bert"), "plain_seen_01")
+    return MarkupModel(tiny_backbone("bert"), "plain_letters_text_label")
 
 
 def episode(labels: int = 3, open_world: bool = False) -> Episode:
@@ -56,7 +57,7 @@ def test_batch_calibration_divides_by_the_mean_over_the_queries(model: MarkupMod
     assert found.log_probs == pytest.approx(expected - logsumexp(expected, axis=1, keepdims=True), abs=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["contextual", "domain", "batch"])
+@pytest.mark.parametrize("kind", ["contextual", "domain", "unconditional", "batch"])
 def test_calibration_is_deterministic_and_normalised(model: MarkupModel, kind: str) -> None:
     method = Prompted(model, kind)  # type: ignore[arg-type]
     first, second = method.scores([episode(), episode(2)]), method.scores([episode(), episode(2)])

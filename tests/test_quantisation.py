@@ -97,12 +97,12 @@ def dequantised(backbone: Backbone, place: Path) -> Backbone:
 
 
 def answers(backbone: Backbone) -> list[dict[str, float]]:
-    return [answer.probabilities for answer in MarkupModel(backbone, "markup", seed=3).classify(TEXTS, LABELS)]
+    return [answer.probabilities for answer in MarkupModel(backbone, "markup_letters", seed=3).classify(TEXTS, LABELS)]
 
 
 def gradient(backbone: Backbone) -> Tensor:
     """The gradient of a loss at the slots with respect to the tags' soft tokens."""
-    model = MarkupModel(backbone, "markup", seed=3)
+    model = MarkupModel(backbone, "markup_letters", seed=3)
     episode = MarkupModel.episode(LABELS, [("I lost my card", "lost card")])
     asked = Episode(episode.options, episode.demos, (Query(TEXTS[0]),), "", "")
     prompt = model.markup.compose(asked)
@@ -153,7 +153,7 @@ def test_the_gradient_is_that_of_a_dequantised_copy(kind: str, form: str, checkp
 
 def test_a_form_without_gradients_answers_but_refuses_to_warm_up(checkpoints: Path, tmp_path: Path) -> None:
     backbone = load(checkpoint(checkpoints, "bert"), "torchao-int4")
-    assert len(MarkupModel(backbone, "markup").classify(TEXTS, LABELS)) == len(TEXTS)
+    assert len(MarkupModel(backbone, "markup_letters").classify(TEXTS, LABELS)) == len(TEXTS)
     with pytest.raises(BackboneError, match=r"no gradient passes through .* as torchao-int4 .*bitsandbytes-nf4"):
         warm_up(tmp_path / "run", backbone=backbone)
     assert not (tmp_path / "run").exists()

@@ -69,7 +69,7 @@ def test_tags_warmed_up_on_a_quantised_backbone_are_used_on_every_form_of_it(
     again = warm_up(tmp_path / "again", load(place, form))
     assert (result.folder / "tags.safetensors").read_bytes() == (again.folder / "tags.safetensors").read_bytes()
     assert torch.isfinite(result.model.table.rows).all()
-    fresh = MarkupModel(backbone, "markup")
+    fresh = MarkupModel(backbone, "markup_letters")
     assert not torch.equal(fresh.table.rows, result.model.table.rows), "warm-up moved them"
 
     saved = read_tags(result.folder)
@@ -88,7 +88,7 @@ def test_tags_warmed_up_unquantised_are_used_quantised(kind: str, form: str, che
     place = checkpoint(checkpoints, kind)
     forms = [load(place, form, dtype) for dtype in ("fp32", "bf16")]
     for dtype in ("fp32", "bf16"):
-        source = MarkupModel(load(place, "none", dtype), "markup", seed=2)
+        source = MarkupModel(load(place, "none", dtype), "markup_letters", seed=2)
         source.save(tmp_path / dtype)
         for backbone in forms:
             assert torch.equal(MarkupModel.from_tags(tmp_path / dtype, backbone).table.rows, source.table.rows)
@@ -151,7 +151,7 @@ def test_layers_with_transposed_weights_are_recognised(form: str, tmp_path: Path
 
 def test_a_fingerprint_of_an_earlier_version_is_refused_with_the_remedy(checkpoints: Path, tmp_path: Path) -> None:
     place = checkpoint(checkpoints, "bert")
-    MarkupModel(load(place), "markup").save(tmp_path / "tags")
+    MarkupModel(load(place), "markup_letters").save(tmp_path / "tags")
     path = tmp_path / "tags" / "tags.json"
     details = json.loads(path.read_text())
     del details["backbone"]["quantisation"], details["sha256"]
@@ -170,11 +170,11 @@ def test_a_shared_prefix_gives_the_answers_of_whole_prompts(form: str, checkpoin
     backbone = load(checkpoint(checkpoints, "llama"), form)
     assert backbone.exactness.limit > 0, backbone.exactness.obstacle
     texts = [text for texts in TEXTS.values() for text in texts]
-    cached = MarkupModel(backbone, "markup", seed=1)
+    cached = MarkupModel(backbone, "markup_letters", seed=1)
     first = cached.classify(texts, LABELS, DEMOS)
     later = cached.classify(texts, LABELS, DEMOS)
     backbone.__dict__["exactness"] = backbone.exactness._replace(limit=0)
-    whole = MarkupModel(backbone, "markup", seed=1).classify(texts, LABELS, DEMOS)
+    whole = MarkupModel(backbone, "markup_letters", seed=1).classify(texts, LABELS, DEMOS)
     rounds_inputs = form in ("bitsandbytes-int8", "torchao-int4")
     for found in (first, later):
         for one, other in zip(found, whole, strict=True):
@@ -185,7 +185,7 @@ def test_a_shared_prefix_gives_the_answers_of_whole_prompts(form: str, checkpoin
 def test_a_classifier_keeps_how_its_backbone_is_quantised(checkpoints: Path, tmp_path: Path) -> None:
     needs(LIBRARY)
     place = checkpoint(checkpoints, "bert")
-    MarkupModel(load(place), "markup").save(tmp_path / "tags")
+    MarkupModel(load(place), "markup_letters").save(tmp_path / "tags")
     classifier = MarkupClassifier(tmp_path / "tags", quantisation=LIBRARY, device="cpu", retriever="bm25")
     classifier.fit([text for text, _ in DEMOS], [label for _, label in DEMOS])
     assert classifier.fitted_model().backbone.quantisation == LIBRARY
@@ -203,7 +203,7 @@ def test_commands_take_it_and_tags_bring_it_along(
     needs(LIBRARY)
     place = str(checkpoint(checkpoints, "bert"))
     tags = tmp_path / "tags"
-    MarkupModel(Backbone.load(BackboneConfig(place, device="cpu", quantisation=LIBRARY)), "markup").save(tags)
+    MarkupModel(Backbone.load(BackboneConfig(place, device="cpu", quantisation=LIBRARY)), "markup_letters").save(tags)
     ask = ["predict", "--labels", *LABELS, "--device", "cpu"]
     answers = {}
     for name, more in {

@@ -29,7 +29,7 @@ def row(kind: str = "measure", **more: Any) -> dict[str, Any]:
         "kind": kind,
         "experiment": "intent",
         "task": "banking77",
-        "backbone": "embedded",
+        "backbone": "smollm2",
         "method": "tags",
         "template": "none",
         "n_way": 5,
@@ -264,7 +264,7 @@ def test_sources_name_everything_once() -> None:
     rows = [measure(0.5), measure(0.6, seed=10, command="b `c`", seeds=[10, 2], commit=None, hardware="<gpu>")]
     assert sources([parse_row(one, "rows:1") for one in rows]) == (
         "<sub>Commands: `` b `c` ``, `icl-markup evaluate a.yaml`; seeds: 0, 2, 10; episodes: 200; queries: 2000; "
-        "backbone: embedded; commit: `0123456789ab`; hardware: &lt;gpu&gt;, a processor, 1 threads; "
+        "backbone: smollm2; commit: `0123456789ab`; hardware: &lt;gpu&gt;, a processor, 1 threads; "
         "versions: python 3.11.7, torch 2.13.0.</sub>"
     )
 

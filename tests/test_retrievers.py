@@ -11,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from icl_markup import Backbone
+from icl_markup.embedded import sample_folders
 from icl_markup.errors import ConfigError
-from icl_markup.retrievers import BackboneRetriever, Bm25Retriever, EmbeddingRetriever, similarities, words
+from icl_markup.readers import read_task
+from icl_markup.retrievers import BackboneRetriever, Bm25Retriever, EmbeddingRetriever, Retriever, similarities, words
 from icl_markup.selection import label_similarity, nearest_demos
 from tests.conftest import KINDS, tiny_backbone
 
@@ -30,11 +32,19 @@ def test_the_backbone_finds_a_text_itself(kind: str) -> None:
     np.testing.assert_allclose(alone[0], found[1], atol=1e-5)
 
 
-def test_the_embedded_backbone_finds_what_means_the_same() -> None:
-    retriever = BackboneRetriever(Backbone.load("embedded"))
-    stored = ["I lost my bank card", "What are your opening hours?", "It is raining outside"]
-    found = similarities(retriever, ["somebody stole my credit card", "when do you close?", "bad weather"], stored)
-    assert found.argmax(axis=1).tolist() == [0, 1, 2]
+def test_a_pretrained_causal_backbone_finds_more_than_chance_and_no_less_than_words(smollm2: Backbone) -> None:
+    task = read_task(next(folder for folder in sample_folders("unseen") if folder.name == "bank_support"))
+    by_label = task.by_label("train")
+    stored = [(text, label) for label in task.labels for text in by_label[label][:3]]
+    asked = [(example.text, example.label) for example in task.split("test") if example.label in task.labels]
+    owners, right = (np.array([label for _, label in pairs]) for pairs in (stored, asked))
+
+    def found_first(retriever: Retriever) -> float:
+        found = similarities(retriever, [text for text, _ in asked], [text for text, _ in stored])
+        return float((owners[found.argmax(axis=1)] == right).mean())
+
+    by_states = found_first(BackboneRetriever(smollm2))
+    assert by_states > 1.5 / len(task.labels) and by_states >= found_first(Bm25Retriever())
 
 
 def test_bm25_counts_words_of_any_script() -> None:

@@ -52,7 +52,7 @@ def warm_up(folder: Path, kind: str = "bert", **changes: Any) -> Any:
 def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the tags `a` of the default template, and a template with one tag that they lack."""
     monkeypatch.chdir(tmp_path)
-    MarkupModel(tiny_backbone("bert"), "markup", seed=7).save("a", {"tasks": ["earlier"]})
+    MarkupModel(tiny_backbone("bert"), "markup_letters", seed=7).save("a", {"tasks": ["earlier"]})
     Path("new.tmpl").write_text(NEW)
     return tmp_path
 
@@ -78,7 +78,7 @@ def test_only_the_new_tag_is_trained_and_the_others_stay_as_they_were_to_the_bit
 
 @pytest.mark.parametrize("kind", ["llama", "t5", "bert"])
 def test_named_tags_are_trained_on_every_kind_of_backbone(kind: str, tmp_path: Path) -> None:
-    untrained = MarkupModel(tiny_backbone(kind), "markup").table.vectors()
+    untrained = MarkupModel(tiny_backbone(kind), "markup_letters").table.vectors()
     trained = warm_up(tmp_path / "run", kind, train_tags=["<label>", "<options>"]).model.table.vectors()
     moved = {name for name in trained if not torch.equal(trained[name], untrained[name])}
     assert moved == {"<label>", "<options>"}
@@ -133,7 +133,7 @@ def test_an_interrupted_run_on_frozen_tags_goes_on_to_the_bit(begun: Path, monke
         patch.setattr(warmup_module._Warmup, "_step", interrupt)
         with pytest.raises(WarmupError, match="--resume"):
             warm_up(begun / "cut", **options)
-    MarkupModel(tiny_backbone("bert"), "markup", seed=8).save("b")
+    MarkupModel(tiny_backbone("bert"), "markup_letters", seed=8).save("b")
     with pytest.raises(WarmupError, match="was started with another start_from"):
         warm_up(begun / "cut", resume=True, **{**options, "start_from": ["b"]})
     with pytest.raises(WarmupError, match="was started with another train_tags"):
@@ -175,8 +175,8 @@ def test_a_run_of_an_earlier_version_goes_on(tmp_path: Path, monkeypatch: pytest
 def test_what_a_warm_up_cannot_begin_with_is_an_error(
     options: dict[str, Any], error: type[Exception], message: str, begun: Path
 ) -> None:
-    MarkupModel(tiny_backbone("bert"), "markup", seed=8).save("b")
-    MarkupModel(tiny_backbone("roberta"), "markup").save("other")
+    MarkupModel(tiny_backbone("bert"), "markup_letters", seed=8).save("b")
+    MarkupModel(tiny_backbone("roberta"), "markup_letters").save("other")
     names = {name: f"<x{i}>" for i, name in enumerate(read_tags("a").vectors)}
     write_tags(rename(read_tags("a"), names), "c")
     with pytest.raises(error, match=message):

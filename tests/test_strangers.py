@@ -45,7 +45,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source.model.save_pretrained(folder / "backbone")
     source.tokenizer.save_pretrained(folder / "backbone")
     backbone = Backbone.load(BackboneConfig(str(folder / "backbone"), device="cpu"))
-    model = MarkupModel(backbone, "markup")
+    model = MarkupModel(backbone, "markup_letters")
     labels = list(TEXTS)
     MarkupClassifier(model).fit([TEXTS[label][0] for label in labels], labels).save(folder / "classifier")
     return folder

@@ -111,7 +111,7 @@ def test_a_report_finds_the_tokens_that_tags_were_copied_from(tmp_path: Path) ->
     paths = folders(tmp_path)
     found = load_folders(paths)
     data = json.loads(json.dumps(report(found, 3), allow_nan=False))
-    tags = [tag.name for tag in Template.load("markup").tags for _ in range(tag.width)]
+    tags = [tag.name for tag in Template.load("markup_letters").tags for _ in range(tag.width)]
     for folder in data["folders"]:
         assert [one["tag"] for one in folder["soft_tokens"]] == tags, "in the template's order"
         for one in folder["soft_tokens"]:
@@ -132,7 +132,7 @@ def test_the_picture_shows_every_tag_and_seed_and_is_the_same_bytes_twice(tmp_pa
             assert content == to_png(picture(shown), few_colours=False)
         assert min(Image.open(BytesIO(content)).size) > 800
         texts = [text.get_text() for text in figure.findobj(Text) if isinstance(text, Text)]
-        for tag in Template.load("markup").tags:
+        for tag in Template.load("markup_letters").tags:
             assert texts.count(tag.name) >= 4, "in two planes, beside its norm, and in the legend"
             assert tag.name in caption(shown)
         assert ("seed 2" in texts) == (len(shown.files) == 3)

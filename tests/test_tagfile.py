@@ -18,7 +18,7 @@ LABELS = ["lost card", "weather"]
 
 
 def saved(folder: Path, backbone: Backbone) -> MarkupModel:
-    model = MarkupModel(backbone, "markup", seed=5)
+    model = MarkupModel(backbone, "markup_letters", seed=5)
     with torch.no_grad():
         model.table.rows.add_(torch.randn_like(model.table.rows))
     model.save(folder, {"steps": 3, "seed": 5})
@@ -131,7 +131,7 @@ def test_a_missing_folder_is_reported(tmp_path: Path) -> None:
 
 def test_a_template_without_tags_has_nothing_to_save(bert: Backbone, tmp_path: Path) -> None:
     with pytest.raises(TagFileError, match="no tags to save"):
-        MarkupModel(bert, "plain_seen_01").save(tmp_path / "tags")
+        MarkupModel(bert, "plain_letters_text_label").save(tmp_path / "tags")
 
 
 def test_the_card_tells_what_the_tags_are_for(bert: Backbone, tmp_path: Path) -> None:

@@ -129,6 +129,25 @@ def test_an_escaped_tab_stays_a_tab() -> None:
     assert head_of(r"one\ttwo") == ["one\ttwo"]
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (r"one\s<a>", ["one ", "<a>"]),
+        (r"\s<a>", [" ", "<a>"]),
+        (r"\n\s<a>", ["\n ", "<a>"]),
+        (r"\n \s<a>", ["\n ", "<a>"]),
+        (r"one\s\s<a>", ["one  ", "<a>"]),
+        (r"<a>one\s", ["<a>", "one "]),
+        (r"<a>\n\s{task}", ["<a>", "\n ", "{task}"]),
+        ("<a>one\\n\n\\stwo", ["<a>", "one\n two"]),
+    ],
+)
+def test_a_space_that_is_asked_for_stays_before_a_tag_after_a_newline_and_at_the_end(
+    text: str, expected: list[str]
+) -> None:
+    assert head_of(text, "@tag <a>\n") == expected
+
+
 def test_a_template_knows_its_tags_widths_and_descriptions() -> None:
     template = Template.parse(GOOD, "mine")
     assert [(t.name, t.width, t.description) for t in template.tags] == [
@@ -146,24 +165,29 @@ def test_every_shipped_template_loads_and_parses_to_itself(name: str) -> None:
     template = Template.load(name)
     assert Template.parse(template.source, template.name) == template
     assert template.is_plain == name.startswith("plain_")
-    assert template.shows_symbols
+    assert template.shows_symbols == ("letters" in name)
     assert Node("field", "label") in template.query
 
 
-def test_held_out_wordings_are_none_of_the_seen_ones() -> None:
-    seen, heldout = shipped_templates("plain_seen"), shipped_templates("plain_heldout")
-    assert len(seen) >= 8
-    assert len(heldout) >= 6
+def test_the_wordings_in_plain_words_all_differ() -> None:
+    words, letters = shipped_templates("plain_words"), shipped_templates("plain_letters")
+    assert (len(words), len(letters)) == (12, 6)
+    assert sorted(words + letters) == shipped_templates("plain")
 
     def body(name: str) -> tuple[tuple[str, ...], ...]:
         t = Template.load(name)
         return tuple(tuple(" ".join(parts(s)).lower().split()) for s in (t.head, t.option, t.demo, t.query, t.tail))
 
-    assert len({body(name) for name in seen + heldout}) == len(seen) + len(heldout)
-    assert not {body(name)[2] for name in seen} & {body(name)[2] for name in heldout}, "a held-out demo was seen"
+    for names in (words, letters):
+        bodies = [body(name) for name in names]
+        assert len({(head, option) for head, option, *_ in bodies}) == len(names)
+        assert len({demo for _, _, demo, *_ in bodies}) == len(names), "two wordings have one demonstration"
+    for name in words + letters:
+        template = Template.load(name)
+        assert template.query == template.demo, "a query is written like a demonstration"
 
 
-@pytest.mark.parametrize("source", [GOOD, Template.load("markup").source])
+@pytest.mark.parametrize("source", [GOOD, Template.load("markup_letters").source])
 def test_with_width_changes_widths_and_nothing_else(source: str) -> None:
     template = Template.parse(source, "mine")
     wider = template.with_width(7)
@@ -189,8 +213,11 @@ def test_with_width_leaves_text_under_a_tag_line_alone() -> None:
 
 
 def test_an_unknown_name_suggests_the_nearest_and_lists_what_ships() -> None:
-    with pytest.raises(TemplateError, match=r"no template 'markp'; did you mean 'markup'.*plain_seen_01.*\.tmpl"):
-        Template.load("markp")
+    with pytest.raises(
+        TemplateError,
+        match=r"no template 'markup_leters'; did you mean 'markup_letters'.*plain_letters_text_label.*\.tmpl",
+    ):
+        Template.load("markup_leters")
 
 
 def test_a_file_loads_by_its_path_and_a_missing_or_broken_one_is_named(tmp_path: Path) -> None:
@@ -210,9 +237,9 @@ def test_a_file_loads_by_its_path_and_a_missing_or_broken_one_is_named(tmp_path:
 def test_a_folder_that_is_called_like_a_shipped_template_is_not_in_its_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "markup").mkdir()
+    (tmp_path / "markup_letters").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert len(Template.load("markup").tags) == 5
+    assert len(Template.load("markup_letters").tags) == 5
 
 
 _LINES = [

@@ -10,6 +10,7 @@ import pytest
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from icl_markup.episodes import Demo, Episode, Option, Query
@@ -178,6 +179,23 @@ def test_tokens_that_a_user_added_are_reserved_too() -> None:
     encoder = TextEncoder(tokenizer)
     assert set(tokenizer.convert_tokens_to_ids(["<demo>", "card", "<|im_start|>"])) <= encoder.reserved_ids
     assert not set(encoder.encode("<demo> my card <|im_start|>")) & encoder.reserved_ids
+
+
+def test_white_space_that_is_declared_as_an_added_token_keeps_its_token() -> None:
+    """Gemma's newlines are entries of the vocabulary and added tokens at the same time."""
+    vocabulary = {token: i for i, token in enumerate(["<unk>", "<0x0A>", "\n", "\n\n", "a", "▁", "<td>"])}
+    merges = [("\n", "\n")]
+    backend = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True))
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    tokenizer.add_tokens(["\n", "\n\n", "<td>"])
+    encoder = TextEncoder(tokenizer)
+    for text in ("\n", "\n\n", "a\n a", "\n\na"):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert encoder.encode(text) == ids
+        assert vocabulary["<0x0A>"] not in ids
+    assert vocabulary["<td>"] in encoder.reserved_ids
+    assert vocabulary["<td>"] not in encoder.encode("<td>")
 
 
 def test_a_tokenizer_that_does_not_declare_its_unknown_token_still_encodes_unknown_text() -> None:

@@ -81,11 +81,11 @@ def test_logits_without_tags_are_bit_equal_before_during_and_after(
     assert all(torch.equal(before, logits) for logits in during)
     assert torch.equal(before, plain_logits(backbone))
     assert all(torch.equal(weights[k], v) for k, v in backbone.model.state_dict().items())
-    assert not torch.equal(result.model.table.rows, MarkupModel(backbone, "markup").table.rows)
+    assert not torch.equal(result.model.table.rows, MarkupModel(backbone, "markup_letters").table.rows)
 
 
 def test_tags_move_and_nothing_else_requires_a_gradient(backbone: Backbone, tmp_path: Path) -> None:
-    untrained = MarkupModel(backbone, "markup").table
+    untrained = MarkupModel(backbone, "markup_letters").table
     result = warm_up(tmp_path / "run", backbone=backbone, validation=ValidationConfig(every=100, episodes=2, n_way=2))
     last = warmup_module.load_checkpoint(tmp_path / "run", torch.optim.AdamW([torch.nn.Parameter(untrained.rows * 0)]))[
         0
@@ -228,7 +228,7 @@ def test_whole_names_can_be_warmed_up_and_scored(kind: str, tmp_path: Path) -> N
     loaded = MarkupModel.from_tags(result.folder, tiny_backbone(kind))
     assert loaded.answers == "names"
     labels = [f"{a}{b}" for a in "abcdef" for b in "vwxyz"]  # more than there are symbols
-    for model in (loaded, MarkupModel(tiny_backbone(kind), "markup")):
+    for model in (loaded, MarkupModel(tiny_backbone(kind), "markup_letters")):
         [answer] = model.classify(["when"], labels)
         assert list(answer.probabilities) == labels
         assert sum(answer.probabilities.values()) == pytest.approx(1)
@@ -287,7 +287,7 @@ def test_a_plan_that_would_never_end_is_refused(name: str) -> None:
 
 
 def test_gradient_accumulation_gives_the_gradient_of_one_large_batch(tmp_path: Path) -> None:
-    model = MarkupModel(tiny_backbone("bert"), "markup")
+    model = MarkupModel(tiny_backbone("bert"), "markup_letters")
     options = (Option("lost card"), Option("weather"))
     episodes = [Episode(options, (Demo("rain", 1),), (Query(text, i % 2),)) for i, text in enumerate("abcdef")]
     prompts = [model.markup.compose(episode) for episode in episodes]

@@ -1,16 +1,10 @@
-"""What ships inside the package: a small backbone and sample tasks, so that everything runs without a hub."""
+"""What ships inside the package: sample tasks, and the quickstart's configuration."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-NAME = "embedded"
 _FOLDER = Path(__file__).parent
-
-
-def resolve(name: str) -> str:
-    """Return the folder of the embedded backbone for the name ``embedded``, and any other name as it is."""
-    return str(_FOLDER / "backbone") if name == NAME else name
 
 
 def sample_folders(side: str) -> list[Path]:
