@@ -22,7 +22,7 @@ _GROUPS = {
     "Warm-up": "warmup warmup_config start stream optimisation activations beginnings casts norms preparation"
     " checkpoint run_folder lock files processes sharded zero",
     "Planning": "plan plan_cli study skeleton ledger workload replay accelerators",
-    "Tag folders": "tagfile fingerprint sketches card hub push compose composition ancestry tag_commands",
+    "Tag folders": "tagfile fingerprint sketches card hub push compose composition ancestry zoo tag_commands",
     "Tags in other tools": "export_merged export_peft import_peft export_payloads placement merging exported"
     " export_check export_cli exportable",
     "Looking inside": "inspection understand tag_geometry tag_report tag_plots attention attention_plots",

@@ -50,7 +50,7 @@ def test_tags_are_warmed_up_on_the_warm_up_side_alone(name: str) -> None:
 
 
 def test_a_pretrained_model_is_above_chance_on_unseen_tasks_in_words(smollm2: Backbone) -> None:
-    model = MarkupModel(smollm2, "plain_heldout_01", answers="names")
+    model = MarkupModel(smollm2, "plain_words_input_output")
     tasks = [
         read_task(folder) for folder in sample_folders("unseen") if folder.name in ("bank_support", "vet_practice")
     ]
@@ -62,7 +62,8 @@ def test_the_quickstart_prints_a_table_a_file_and_a_command_that_works(
     tiny_default: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["quickstart", "--steps", "3", "--episodes", "6", "--rows", "rows.jsonl"]) == 0
+    monkeypatch.setattr("icl_markup.quickstart.WORDINGS", 2)
+    assert main(["quickstart", "--steps", "3", "--episodes", "2", "--rows", "rows.jsonl"]) == 0
     shown = capsys.readouterr().out
     for words in (
         "chance",
@@ -75,11 +76,15 @@ def test_the_quickstart_prints_a_table_a_file_and_a_command_that_works(
         assert words in shown
     rows = [json.loads(line) for line in Path("rows.jsonl").read_text().splitlines()]
     assert len(rows) == 4 * len(sample_folders("unseen"))
+    templates = {row["method"]: row["template"] for row in rows}
+    assert templates == {"chance": "none", "plain": "mean", "tags_untrained": "markup_words", "tags": "markup_words"}
     assert (tmp_path / "runs" / "quickstart" / "tags" / "tags.safetensors").stat().st_size < 30_000
     arguments = ["predict", "--tags", "runs/quickstart/tags", "--labels", "lost card", "opening hours", "--"]
     assert main([*arguments, "When do you close on Sundays?"]) == 0
     assert json.loads(capsys.readouterr().out)["label"] in ("lost card", "opening hours")
-    assert main(["quickstart", "--steps", "3", "--episodes", "6"]) == 0  # a second run replaces the first
+    folders = {"warmup": sample_folders("warmup"), "unseen": sample_folders("unseen")[:1]}
+    monkeypatch.setattr("icl_markup.quickstart.sample_folders", folders.__getitem__)
+    assert main(["quickstart", "--steps", "3", "--episodes", "2"]) == 0  # a second run replaces the first
 
 
 def test_equal_runs_on_several_threads_give_equal_bytes(tmp_path: Path) -> None:
