@@ -50,8 +50,8 @@ def test_tags_fit_the_original_and_the_file_both_ways(
     kind: str, embedding: str, original: Backbone, tmp_path: Path
 ) -> None:
     backbone = load(quantized(tmp_path, kind, embedding))
-    MarkupModel(backbone, "markup").save(tmp_path / "of file")
-    MarkupModel(original, "markup").save(tmp_path / "of original")
+    MarkupModel(backbone, "markup_letters").save(tmp_path / "of file")
+    MarkupModel(original, "markup_letters").save(tmp_path / "of original")
     assert MarkupModel.from_tags(tmp_path / "of file", original).table is not None
     assert MarkupModel.from_tags(tmp_path / "of original", backbone).table is not None
     assert Fingerprint.of(backbone).difference(Fingerprint.of(original)) is None
@@ -73,7 +73,7 @@ def test_tags_fit_a_file_whose_weights_are_held_in_bf16(original: Backbone, tmp_
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
 def test_tags_do_not_fit_another_model_of_that_shape(kind: str, original: Backbone, tmp_path: Path) -> None:
     other = load(quantized(tmp_path, kind, model=original_model(seed=1)))
-    MarkupModel(other, "markup").save(tmp_path / "tags")
+    MarkupModel(other, "markup_letters").save(tmp_path / "tags")
     with pytest.raises(TagFileError, match="other values in the embedding table, by 1"):
         MarkupModel.from_tags(tmp_path / "tags", original)
     assert Fingerprint.of(original).difference(Fingerprint.of(other)) is not None

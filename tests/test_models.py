@@ -172,7 +172,7 @@ def test_a_card_names_the_model_on_the_hub(
     name: str, revision: str | None, base: str | None, bert: Backbone, tmp_path: Path
 ) -> None:
     bert.name, bert.revision = name, revision
-    folder = MarkupModel(bert, "markup").save(tmp_path / "tags")
+    folder = MarkupModel(bert, "markup_letters").save(tmp_path / "tags")
     assert ModelCard.load(folder / "README.md").data.base_model == base
 
 
@@ -216,7 +216,7 @@ def episode(smollm2: Backbone) -> Episode:
 
 
 def test_logits_of_smollm2_equal_a_plain_forward_pass(smollm2: Backbone, episode: Episode) -> None:
-    model = MarkupModel(smollm2, "markup")
+    model = MarkupModel(smollm2, "markup_letters")
     prompt = model.markup.compose(episode)
     slot = prompt.slots[-1]
     expected = logits_by_hand(model, prompt.ids)[slot.position][list(slot.candidates)]
@@ -228,7 +228,7 @@ def test_logits_of_smollm2_equal_a_plain_forward_pass(smollm2: Backbone, episode
 
 
 def test_scores_of_names_of_smollm2_equal_plain_forward_passes(smollm2: Backbone, episode: Episode) -> None:
-    model = MarkupModel(smollm2, "markup", answers="names", length_normalised=False)
+    model = MarkupModel(smollm2, "markup_words", answers="names", length_normalised=False)
     prompt = model.markup.compose(episode)
     names = [model.markup.name_ids(option.name, prompt.slots[-1].spaced) for option in episode.options]
     [[scores]] = model.scores([episode])
