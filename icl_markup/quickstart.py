@@ -169,7 +169,7 @@ def _rows(
             backbone=config.backbone.name,
             method=name,
             estimate=value,
-            template={"chance": "none", "plain": "mean"}.get(name, config.template),
+            template={"chance": "none", "plain": "mean"}.get(name, methods["tags"][0].template.name),
             n_way=N_WAY,
             k_shot=K_SHOT,
             seed=config.seed,

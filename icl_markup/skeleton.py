@@ -87,7 +87,9 @@ class Skeleton(Backbone):
     @property
     def shares_names(self) -> bool:
         """Likewise."""
-        return self.kind == "seq2seq" or self.exactness.limit > 0
+        if self.kind == "seq2seq":
+            return not self._recomputes
+        return self.exactness.limit > 0
 
     @property
     def runs_on_cpu(self) -> bool:

@@ -24,7 +24,7 @@ from icl_markup.answers import Answers
 from icl_markup.backbone import Backbone
 from icl_markup.card import model_card
 from icl_markup.chat import ChatFrame
-from icl_markup.errors import ConfigError, TagFileError, TemplateError
+from icl_markup.errors import ConfigError, TagFileError, TemplateError, nearest
 from icl_markup.files import read_details, read_regular, replace_folder, sealed
 from icl_markup.fingerprint import Fingerprint
 from icl_markup.hub import CARD, DETAILS, TENSORS, locate
@@ -32,6 +32,7 @@ from icl_markup.loading import BackboneConfig, config_of
 from icl_markup.model import MarkupModel
 from icl_markup.report_rows import parse_row
 from icl_markup.template import Template
+from icl_markup.zoo import zoo_names
 
 FORMAT = 1
 """Keys that were added since are optional, and earlier versions of this package pass over them."""
@@ -238,6 +239,10 @@ def read_tags(tags: str | Path, revision: str | None = None, token: str | None =
     """
     place = locate(tags, revision, token)
     folder = place.folder
+    if isinstance(tags, str) and not folder.exists():
+        known = zoo_names()
+        shipped = f"; the package has tags named {', '.join(known)}" if known else ""
+        raise TagFileError(f"{tags}: there is no such folder{nearest(tags, known)}{shipped}")
     details = read_details(folder / DETAILS, (FORMAT, FORMAT_IN_CHAT), "tag")
     path = folder / TENSORS
     try:

@@ -79,7 +79,7 @@ def best_of(entry: Entry, done: dict[int, TagFile], rows: tuple[dict[str, Any], 
     training = {
         **done[best].training,
         "seeds tried": sorted(accuracy),
-        "validation accuracy by seed": accuracy,
+        "validation accuracy by seed": {str(seed): value for seed, value in accuracy.items()},
         "licenses of the data": licenses(load_config(WarmupConfig, RECIPE)),
         "made by": "scripts/make_zoo.py with configs/warmup.yaml",
     }

@@ -23,7 +23,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from icl_markup import NONE_OF_THE_ABOVE, Backbone, MarkupClassifier, MarkupError, MarkupModel
-from icl_markup.prompted import CONTENT_FREE
+from icl_markup.priors import CONTENT_FREE
 from tests.conftest import KINDS, TEXTS, tiny_backbone
 
 X = [text for texts in TEXTS.values() for text in texts[:2]]
@@ -261,7 +261,7 @@ def test_calibration_chooses_temperature_and_threshold(mode: Any, pretrained: Ma
 
 def test_contextual_calibration_takes_nothing_from_none_of_the_above() -> None:
     plain = tiny(none_of_the_above="option").fit(X, Y)._asker
-    asked = replace(plain, contextual=True)
+    asked = replace(plain, prior="contextual")
     before, after = plain.log_probs(NEW), asked.log_probs(NEW)
     probes = np.exp(plain.log_probs(list(CONTENT_FREE))[:, :4]).sum(axis=0)
     prior = np.log(probes / probes.sum()) + np.log(4)

@@ -137,4 +137,4 @@ def test_help_lists_every_key_with_its_docstring(command: str, capsys: pytest.Ca
     assert main([command, "--help"]) == 0
     shown = capsys.readouterr().out
     assert "--backbone.name str  (default: smollm2)" in shown
-    assert "a transformers folder, a GGUF file" in shown
+    assert "A model that ``icl-markup models`` lists, a transformers folder" in shown

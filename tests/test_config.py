@@ -63,7 +63,7 @@ def test_nested_values_are_read_and_the_rest_are_defaults(tmp_path: Path) -> Non
     assert config.episodes == EpisodeConfig((2, 4), (1, 1), task_weights={"a": 2.0})
     assert config.optimiser == OptimiserConfig(steps=7, learning_rate=0.001)
     assert config.validation == ValidationConfig(patience=3)
-    assert (config.output, config.template, config.validation_tasks) == ("runs/x", "markup_letters", [])
+    assert (config.output, config.template, config.validation_tasks) == ("runs/x", "auto", [])
     experiment = load_config(ExperimentConfig, written(tmp_path, EXPERIMENT))
     assert experiment.methods[1] == MethodConfig("tags", folders=["tags/0", "tags/1"])
     assert experiment.settings == [Setting(None, 0), Setting(5)]

@@ -228,7 +228,7 @@ def test_logits_of_smollm2_equal_a_plain_forward_pass(smollm2: Backbone, episode
 
 
 def test_scores_of_names_of_smollm2_equal_plain_forward_passes(smollm2: Backbone, episode: Episode) -> None:
-    model = MarkupModel(smollm2, "markup_words", answers="names", length_normalised=False)
+    model = MarkupModel(smollm2, "markup_letters", answers="names", length_normalised=False)
     prompt = model.markup.compose(episode)
     names = [model.markup.name_ids(option.name, prompt.slots[-1].spaced) for option in episode.options]
     [[scores]] = model.scores([episode])

@@ -24,7 +24,7 @@ from icl_markup.plan import plan_warmup
 from icl_markup.readers import TaskSource
 from icl_markup.replay import Stopwatch
 from icl_markup.skeleton import Skeleton
-from icl_markup.stream import Item
+from icl_markup.stream import Item, prompts_of
 from icl_markup.study import observed
 from icl_markup.warmup_config import OptimiserConfig, ValidationConfig, WarmupConfig
 from icl_markup.workload import Curve, Size, Workload
@@ -87,18 +87,24 @@ def measured(model: MarkupModel, items: tuple[Item, ...], all_slots: bool = True
     kept: dict[int, int] = {}
     if model.backbone.kind == "causal":  # is found out once, at first use
         assert model.backbone.exactness.limit and model.backbone.sees_nothing_ahead
+    elif model.backbone.kind == "seq2seq":
+        assert model.backbone.shares_names
     with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         with counted(kept):
-            terms = model.loss_terms([i.prompt for i in items], [i.episode for i in items], all_slots)
-            loss = torch.nn.functional.cross_entropy(terms.scores, terms.targets, ignore_index=-1, reduction="sum")
+            loss = model.loss_terms(*prompts_of(items), all_slots).loss(name_share=1.0)
         loss.backward()
     return counter.get_total_flops(), sum(size for place, size in kept.items() if place not in known)
 
 
-@pytest.mark.parametrize("case", KINDS)
-def test_a_plan_without_weights_costs_what_the_model_costs(case: str, config: WarmupConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("case", "answers"), [*((case, "symbols") for case in KINDS), ("llama", "names"), ("t5", "names")]
+)
+def test_a_plan_without_weights_costs_what_the_model_costs(
+    case: str, answers: Any, config: WarmupConfig, tmp_path: Path
+) -> None:
     named = saved(case, tmp_path / "model")
-    real = MarkupModel(Backbone.load(named))
+    real = MarkupModel(Backbone.load(named), answers=answers)
+    config = replace(config, answers=answers)
     items = items_of(real, config)
     plan = plan_warmup(replace(config, backbone=without_weights(named)), ["h100"], tasks=[tiny_task()])
     parts = plan.parameters
@@ -107,7 +113,7 @@ def test_a_plan_without_weights_costs_what_the_model_costs(case: str, config: Wa
     assert parts.embedding + parts.layers + parts.head == parts.backbone
     assert parts.tags == parts.trained == sum(p.numel() for p in real.table.parameters())
 
-    skeleton = MarkupModel(Skeleton.build(named))
+    skeleton = MarkupModel(Skeleton.build(named), answers=answers)
     fake, alive = observed(skeleton, items, True)
     flops, kept = measured(real, items)
     assert fake.flops() == flops
