@@ -391,7 +391,7 @@ class SlotScores:
         contrast = F.cross_entropy(self.scores, self.targets, reduction="sum", ignore_index=-1)
         if self.right is None or not name_share:
             return contrast
-        return contrast - name_share * self.right[self.targets >= 0].sum()
+        return contrast - name_share * self.right.where(self.targets >= 0, 0.0).sum()
 
 
 def _settled(backbone: Backbone, template: Template | str | Path, answers: AnswersChoice) -> tuple[Template, Answers]:

@@ -138,7 +138,8 @@ class WarmupConfig:
     """Whether prompts stand in the model's chat template; the tags remember it."""
 
     supervise: Literal["all", "query"] = "all"
-    """In a causal model every demonstration's label is a slot too: train on all of them, or the queries' alone."""
+    """With symbols in a causal model, every demonstration's label is a slot too: train on all of them, or on the
+    queries' alone. Names are always trained on at queries alone."""
 
     episodes: EpisodeConfig = field(default_factory=EpisodeConfig)
     """How episodes are drawn."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GridSearchCV, cross_val_score
@@ -37,8 +38,8 @@ def tiny(name: str = "bert", **parameters: Any) -> MarkupClassifier:
 
 @pytest.fixture(scope="module")
 def pretrained(smollm2: Backbone) -> MarkupClassifier:
-    """A classifier on a pretrained model, in words."""
-    return MarkupClassifier(MarkupModel(smollm2, answers="names"), calibration="contextual").fit(X, Y)
+    """A classifier on a pretrained model, in words that it knows without a warm-up."""
+    return MarkupClassifier(MarkupModel(smollm2, "plain_words_input_output"), calibration="domain").fit(X, Y)
 
 
 def test_it_answers_and_its_probabilities_are_some(pretrained: MarkupClassifier) -> None:
@@ -243,10 +244,12 @@ def test_calibration_chooses_temperature_and_threshold(mode: Any, pretrained: Ma
     right = [label for label, texts in TEXTS.items() for _ in texts[2:]]
     strange = ["the moon is made of cheese", "seven times eight is fifty six", "lorem ipsum dolor", "a poem on trees"]
     texts, labels = [*NEW, *strange], [*right, *[NONE_OF_THE_ABOVE] * len(strange)]
+    before = np.mean(classifier.predict(texts) == np.array(labels))
     classifier.calibrate(texts, labels)
     assert classifier.calibration_.threshold is not None
     assert classifier.calibration_.temperature != 1.0
-    assert np.mean(classifier.predict(texts) == np.array(labels)) >= 0.75
+    after = np.mean(classifier.predict(texts) == np.array(labels))
+    assert after >= 0.75 and after > before
     for call in (classifier.calibrate, classifier.retriever_recall):
         with pytest.raises(MarkupError, match="'unheard of', is not one of the labels"):
             call(["x"], ["unheard of"])
@@ -297,12 +300,19 @@ def test_permutations_put_every_option_in_every_place_once(seed: int, labels: in
 
 
 def test_what_is_averaged_over_all_orders_does_not_depend_on_the_first() -> None:
-    found = tiny("llama", n_permutations=2).fit([], [], classes=["weather", "complaint"]).predict_proba(NEW)
-    once = tiny("llama").fit([], [], classes=["weather", "complaint"])._asker
+    def strong(**parameters: Any) -> MarkupClassifier:
+        model = MarkupModel(tiny_backbone("llama"))
+        with torch.no_grad():  # random weights are so small that attention hardly tells tokens apart
+            for parameter in model.backbone.model.parameters():
+                if parameter.ndim == 2:
+                    parameter.mul_(3)
+        return MarkupClassifier(model, **parameters).fit([], [], classes=["weather", "complaint"])
+
+    found, once = strong(n_permutations=2).predict_proba(NEW), strong()._asker
     swapped = replace(once, labels=once.labels[::-1])
     expected = (np.exp(once.log_probs(NEW)) + np.exp(swapped.log_probs(NEW))[:, ::-1]) / 2
     np.testing.assert_allclose(found, expected, atol=1e-6)
-    assert np.abs(np.exp(once.log_probs(NEW)) - expected).max() > 1e-6, "the order mattered"
+    assert np.abs(np.exp(once.log_probs(NEW)) - expected).max() > 1e-4, "the order mattered"
 
 
 def many(labels: int, shots: int, seed: int = 0) -> tuple[list[str], list[str]]:

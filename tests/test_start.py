@@ -165,7 +165,7 @@ def test_a_run_of_an_earlier_version_goes_on(tmp_path: Path, monkeypatch: pytest
     ("options", "error", "message"),
     [
         ({"start_from": ["a"], "train_tags": "new"}, WarmupError, "has no tag that a lacks; there is nothing to warm"),
-        ({"start_from": ["c"]}, TagFileError, "c: has none of the tags"),
+        ({"start_from": ["c"], "template": "markup_letters"}, TagFileError, "c: has none of the tags"),
         ({"start_from": ["a", "b"]}, TagFileError, "is in a and, with other values, in b"),
         ({"start_from": ["other"]}, TagFileError, "start_from: other: made for 'tiny-roberta', not for 'tiny-bert'"),
         ({"start_from": ["nowhere"]}, TagFileError, "is this a tag folder"),

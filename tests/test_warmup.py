@@ -81,11 +81,11 @@ def test_logits_without_tags_are_bit_equal_before_during_and_after(
     assert all(torch.equal(before, logits) for logits in during)
     assert torch.equal(before, plain_logits(backbone))
     assert all(torch.equal(weights[k], v) for k, v in backbone.model.state_dict().items())
-    assert not torch.equal(result.model.table.rows, MarkupModel(backbone, "markup_letters").table.rows)
+    assert not torch.equal(result.model.table.rows, MarkupModel(backbone).table.rows)
 
 
 def test_tags_move_and_nothing_else_requires_a_gradient(backbone: Backbone, tmp_path: Path) -> None:
-    untrained = MarkupModel(backbone, "markup_letters").table
+    untrained = MarkupModel(backbone).table
     result = warm_up(tmp_path / "run", backbone=backbone, validation=ValidationConfig(every=100, episodes=2, n_way=2))
     last = warmup_module.load_checkpoint(tmp_path / "run", torch.optim.AdamW([torch.nn.Parameter(untrained.rows * 0)]))[
         0
@@ -216,7 +216,7 @@ def test_supervising_all_slots_trains_on_more_slots_than_the_query_alone(tmp_pat
     shots = EpisodeConfig(n_way=(2, 3), k_shot=(1, 1))
     counts = {}
     for supervise in ("all", "query"):
-        warm_up(tmp_path / supervise, "llama", supervise=supervise, episodes=shots)
+        warm_up(tmp_path / supervise, "llama", answers="symbols", supervise=supervise, episodes=shots)
         rows = [json.loads(line) for line in (tmp_path / supervise / "metrics.jsonl").read_text().splitlines()]
         counts[supervise] = [row["slots"] for row in rows if "slots" in row]
     assert all(a > q for a, q in zip(counts["all"], counts["query"], strict=True))
