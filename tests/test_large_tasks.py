@@ -289,7 +289,7 @@ def test_demonstrations_are_dropped_from_the_end_of_the_label_that_has_most(answ
 
 @pytest.mark.parametrize("limit", [60, 75, 90, 120, 160, 400])
 def test_no_more_demonstrations_are_dropped_than_must_be(limit: int) -> None:
-    markup = MarkupModel(tiny_backbone("llama")).markup
+    markup = MarkupModel(tiny_backbone("llama"), "markup_letters").markup
     rng = random.Random(limit)
     for _ in range(20):
         demos = tuple(Demo("card " * rng.randint(1, 12), rng.randrange(3)) for _ in range(rng.randint(0, 12)))

@@ -36,12 +36,12 @@ def lengths_given(model: MarkupModel, *, trains: bool) -> tuple[int, int]:
 
 @pytest.mark.parametrize("kind", ["llama", "t5", "bert", "roberta"])
 def test_prompts_are_padded_to_lengths_that_recur_where_that_pays(kind: str) -> None:
-    length, padded = lengths_given(MarkupModel(tiny_backbone(kind, precision="bf16")), trains=True)
+    length, padded = lengths_given(MarkupModel(tiny_backbone(kind, precision="bf16"), "markup_letters"), trains=True)
     assert length % MULTIPLE and padded == length + -length % MULTIPLE
     for model, trains in (
-        (MarkupModel(tiny_backbone(kind, precision="bf16")), False),
-        (MarkupModel(tiny_backbone(kind, precision="bf16", chooses_attention=False)), True),
-        (MarkupModel(tiny_backbone(kind)), True),
+        (MarkupModel(tiny_backbone(kind, precision="bf16"), "markup_letters"), False),
+        (MarkupModel(tiny_backbone(kind, precision="bf16", chooses_attention=False), "markup_letters"), True),
+        (MarkupModel(tiny_backbone(kind), "markup_letters"), True),
     ):
         length, padded = lengths_given(model, trains=trains)
         assert padded == length
