@@ -34,6 +34,10 @@ def log_normalizer(hidden: Tensor, logits: Logits, vocabulary: int) -> Tensor:
     return found
 
 
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 class _LogNormalizer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, logits: Logits, most: int) -> Tensor:
@@ -42,7 +46,8 @@ class _LogNormalizer(torch.autograd.Function):
             if not ctx.needs_input_grad[0]:
                 values.append(logits(part).logsumexp(-1))
                 continue
-            with torch.enable_grad():
+            # What this small graph keeps is gone at once: hooks that move or count what a step keeps need not see it.
+            with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
                 given = part.detach().requires_grad_()
                 value = logits(given).logsumexp(-1)
                 value.sum().backward()  # not autograd.grad, in which hooks of torch's counters fail

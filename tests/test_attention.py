@@ -46,7 +46,7 @@ def test_attention_sums_to_one_in_every_layer_and_over_parts_and_kinds(kind: str
 
 
 def test_parts_are_named_after_what_they_show() -> None:
-    found = slot_attention(MarkupModel(tiny_backbone("llama")), an_episode())
+    found = slot_attention(MarkupModel(tiny_backbone("llama"), "markup_letters"), an_episode())
     names = [part.name for part in found.parts]
     assert names[1:4] == ["A: lost card", "B: opening hours", "C: complaint"]
     assert names[4].startswith("I lost my card → A") and names[-1] == "query: when do you open"
@@ -174,7 +174,7 @@ def test_the_command_prints_draws_and_gives_json(tmp_path: Path, capsys: pytest.
     assert place.read_bytes().startswith(b"\x89PNG")
     assert main([*asked, "--json", "--against", "none", "--", "will it rain"]) == 0
     [only] = json.loads(capsys.readouterr().out)
-    assert only["template"] == "markup_letters" and only["layers"] == 2
+    assert only["template"] == "markup_words" and only["layers"] == 2
     total = np.array([part["attention"] for part in only["parts"]]).sum(0)
     assert total == pytest.approx([1, 1], abs=1e-5)
     assert sum(part["tokens"] for part in only["parts"]) == only["tokens"]
