@@ -58,7 +58,7 @@ def trained(model: MarkupModel, batch: Batch) -> tuple[Tensor, Tensor, list[int]
 def test_scores_and_gradients_are_the_same_and_the_beginning_is_computed_once(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = MarkupModel(causal(name))
+    model = MarkupModel(causal(name), "markup_letters")
     batch = Batch.of_prompts(prompts_of(model, WORDS), model.pad_id)
     model.backbone.candidate_logits(batch, model.table)  # checks what is checked at first use
     scores, gradient, lengths = trained(model, batch)
@@ -74,7 +74,7 @@ def test_scores_and_gradients_are_the_same_and_the_beginning_is_computed_once(
 
 
 def test_nothing_is_shared_that_a_tag_a_slot_or_padding_could_change() -> None:
-    model = MarkupModel(tiny_backbone("llama"))
+    model = MarkupModel(tiny_backbone("llama"), "markup_letters")
     assert model.table is not None
     first = model.table.first_id
     prompts = prompts_of(model, WORDS)
@@ -99,7 +99,7 @@ def test_nothing_is_shared_that_a_tag_a_slot_or_padding_could_change() -> None:
 @pytest.mark.parametrize("change", ["recomputes", "trains", "both directions"])
 def test_where_it_cannot_be_done_all_is_computed(change: str) -> None:
     backbone = tiny_backbone("bert" if change == "both directions" else "llama")
-    model = MarkupModel(backbone)
+    model = MarkupModel(backbone, "markup_letters")
     if change == "recomputes":
         backbone.model.gradient_checkpointing_enable({"use_reentrant": False})
         backbone.model.train()
@@ -112,7 +112,7 @@ def test_where_it_cannot_be_done_all_is_computed(change: str) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "mistral", "gemma2", "gpt_neo", "bloom", "mpt", "lfm2"])
 def test_padding_on_the_right_needs_no_mask_in_a_causal_model(name: str) -> None:
-    model = MarkupModel(causal(name))
+    model = MarkupModel(causal(name), "markup_letters")
     backbone = model.backbone
     prompts = prompts_of(model, " my card")
     batch = Batch.of_prompts(prompts, model.pad_id)
@@ -145,7 +145,7 @@ def test_a_model_that_needs_its_mask_gets_it_whole_beside_the_beginning(monkeypa
     backbone = causal("qwen3")
     assert backbone.exactness.limit
     backbone.__dict__["sees_nothing_ahead"] = False
-    model = MarkupModel(backbone)
+    model = MarkupModel(backbone, "markup_letters")
     batch = Batch.of_prompts(prompts_of(model, WORDS), model.pad_id)
     scores, gradient, lengths = trained(model, batch)
     assert len(lengths) == 2

@@ -117,10 +117,10 @@ def test_predict_reads_standard_input_and_files_and_a_task_brings_labels_and_dem
         (["predict", "--backbone", "model", "--labels", "a", "b", "--", " "], "argument 1: the text is empty"),
         (["predict", "--backbone", "model", "--labels", "a", "b", "--demo", "x", "c", "--", "y"], "has label 'c'"),
         (["predict", "--backbone", "nowhere/at-all", "--labels", "a", "b", "--", "x"], "nowhere/at-all"),
-        (["predict", "--tags", "nowhere", "--labels", "a", "b", "--", "x"], "is this a tag folder"),
+        (["predict", "--tags", "nowhere", "--labels", "a", "b", "--", "x"], "nowhere: there is no such folder"),
         (["predict", "--backbone", "model", "--labels", "a", "b", "--file", "none.txt"], "none.txt: cannot be read"),
         (["show", "--backbone", "model", "--labels", "a", "b", "--chat", "--", "x"], "no chat template"),
-        (["tags", "nowhere"], "cannot be read"),
+        (["tags", "nowhere"], "nowhere: there is no such folder"),
     ],
 )
 def test_bad_input_gets_one_line_that_names_it_and_exit_code_2(

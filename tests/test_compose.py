@@ -288,7 +288,7 @@ def test_the_command_writes_a_folder_and_says_what_is_from_where(
         (["a", "b"], "tag <classification> is in a and"),
         (["a", "b", "--weights", "1"], "--weights are those of --average"),
         (["a", "--only", "a"], "--only a: name the tags"),
-        (["a", "nowhere"], "nowhere/tags.json: cannot be read"),
+        (["a", "nowhere"], "nowhere: there is no such folder"),
     ):
         assert main(["compose", *arguments, "--out", "e"]) == 2
         assert message in capsys.readouterr().err
