@@ -125,6 +125,8 @@ def _branched(backbone: Backbone, groups: Sequence[Sequence[_Query]], table: Tag
     written = [branched_prompts([q.prompt for q in group], [q.names for q in group]) for group in groups]
     sequences = [one.sequence for one in written]
     longest = max(len(sequence.ids) for sequence in sequences)
+    if torch.is_grad_enabled():
+        longest = backbone.padded_length(longest)
     positions, visible = stacked(sequences, longest)
     places: dict[tuple[int, int], int] = {}
     reads = [
@@ -139,6 +141,7 @@ def _branched(backbone: Backbone, groups: Sequence[Sequence[_Query]], table: Tag
         pad_id=backbone.tokenizer.pad_token_id or 0,
         position_ids=positions,
         visible=visible,
+        length=longest,
     )
     return _Reading(backbone.slot_states(batch, table), reads)
 

@@ -44,9 +44,9 @@ def add_commands(commands: Any, *shared: Callable[[argparse.ArgumentParser], Non
     attention = commands.add_parser("attention", help="show where the slot looks, with tags and in plain words")
     for declare in shared:
         declare(attention)
-    attention.add_argument("--against", default="plain_letters_text_label", metavar="TEMPLATE",
-                           help="a template to compare with, by name or path; none: no other "
-                           "(default: plain_letters_text_label)")  # fmt: skip
+    attention.add_argument("--against", metavar="TEMPLATE", help="a template to compare with, by name or path; none: "
+                           "no other (default: plain_words_text_label or plain_letters_text_label, whichever is "
+                           "answered alike)")  # fmt: skip
     _add_forms(attention)
     attention.add_argument("texts", nargs=1, metavar="text", help="the text to classify")
     attention.set_defaults(run=run_attention)
@@ -102,7 +102,7 @@ def run_attention(args: argparse.Namespace, _overrides: Sequence[str] = ()) -> N
         models.append(
             MarkupModel(
                 model.backbone,
-                args.against,
+                args.against or f"plain_{'words' if model.answers == 'names' else 'letters'}_text_label",
                 answers=model.answers,
                 length_normalised=model.length_normalised,
                 chat=model.chat,

@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers.activations import ACT2FN
 
 from icl_markup.activations import lean_activations
@@ -36,10 +37,12 @@ class Gated(nn.Module):
 
 @contextmanager
 def counted(sizes: dict[int, int]) -> Iterator[None]:
-    """Note the bytes of everything that is kept, each storage once."""
+    """Note the bytes of everything that is kept until the end, each storage once."""
+    kept: dict[int, StorageWeakRef] = {}
 
     def note(tensor: Tensor) -> Tensor:
-        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()], kept[storage.data_ptr()] = storage.nbytes(), StorageWeakRef(storage)
         return tensor
 
     # Autograd asks the hooks registered last alone, so ours count what the others leave: tensors alone.
@@ -56,6 +59,8 @@ def counted(sizes: dict[int, int]) -> Iterator[None]:
     try:
         with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
             yield
+        for place in [place for place, one in kept.items() if one.expired()]:
+            del sizes[place]  # of a gradient that was computed in between
     finally:
         torch.autograd.graph.saved_tensors_hooks.__init__ = original  # type: ignore[method-assign]
 

@@ -45,11 +45,18 @@ def test_attention_sums_to_one_in_every_layer_and_over_parts_and_kinds(kind: str
     assert sum(found.answer.values()) == pytest.approx(1)
 
 
-def test_parts_are_named_after_what_they_show() -> None:
-    found = slot_attention(MarkupModel(tiny_backbone("llama"), "markup_letters"), an_episode())
+@pytest.mark.parametrize(
+    ("answers", "options", "label"),
+    [
+        ("symbols", ["A: lost card", "B: opening hours", "C: complaint"], "A"),
+        ("names", ["lost card", "opening hours", "complaint"], "lost card"),
+    ],
+)
+def test_parts_are_named_after_what_they_show(answers: Any, options: list[str], label: str) -> None:
+    found = slot_attention(MarkupModel(tiny_backbone("llama"), answers=answers), an_episode())
     names = [part.name for part in found.parts]
-    assert names[1:4] == ["A: lost card", "B: opening hours", "C: complaint"]
-    assert names[4].startswith("I lost my card → A") and names[-1] == "query: when do you open"
+    assert names[1:4] == options
+    assert names[4].startswith(f"I lost my card → {label}") and names[-1] == "query: when do you open"
 
 
 @pytest.mark.parametrize("kind", ["llama", "t5", "bert"])
@@ -172,6 +179,7 @@ def test_the_command_prints_draws_and_gives_json(tmp_path: Path, capsys: pytest.
     shown = capsys.readouterr().out
     assert "attention from the slot" in shown and "all of kind tag" in shown and "picture: " in shown
     assert place.read_bytes().startswith(b"\x89PNG")
+    assert "plain_words_text_label" in shown, "another template that is answered alike"
     assert main([*asked, "--json", "--against", "none", "--", "will it rain"]) == 0
     [only] = json.loads(capsys.readouterr().out)
     assert only["template"] == "markup_words" and only["layers"] == 2

@@ -76,7 +76,7 @@ def test_a_merged_checkpoint_and_requests_for_it(workplace: MarkupModel, capsys:
     [
         (["payload", "--for", "vllm", "--name", "m", *ASKED], "either --tags"),
         (["payload", "--for", "vllm", "--name", "m", "--merged", "nowhere", *ASKED], "is this an exported folder"),
-        (["export", "--tags", "nowhere", "--to", "peft", "--out", "x"], "there is no such folder"),
+        (["export", "--tags", "nowhere", "--to", "peft", "--out", "x"], "nowhere: there is no such folder"),
         (["export", "--tags", "tags", "--to", "merged", "--out", "model"], "holds other files"),
         (["import-peft", "nowhere", "--backbone", "model", "--out", "x"], "folder of a PEFT adapter"),
         (["import-peft", "nowhere", "--backbone", "model", "--out", "x", "--tag", "x"], "write a tag and the ids"),

@@ -287,9 +287,10 @@ def test_demonstrations_are_dropped_from_the_end_of_the_label_that_has_most(answ
     assert _drop_order([Demo("a", answer) for answer in answers]) == order
 
 
+@pytest.mark.parametrize("answers", ["symbols", "names"])
 @pytest.mark.parametrize("limit", [60, 75, 90, 120, 160, 400])
-def test_no_more_demonstrations_are_dropped_than_must_be(limit: int) -> None:
-    markup = MarkupModel(tiny_backbone("llama"), "markup_letters").markup
+def test_no_more_demonstrations_are_dropped_than_must_be(limit: int, answers: Any) -> None:
+    markup = MarkupModel(tiny_backbone("llama"), answers=answers).markup
     rng = random.Random(limit)
     for _ in range(20):
         demos = tuple(Demo("card " * rng.randint(1, 12), rng.randrange(3)) for _ in range(rng.randint(0, 12)))
@@ -301,13 +302,15 @@ def test_no_more_demonstrations_are_dropped_than_must_be(limit: int) -> None:
         lengths = [len(markup._text_ids(demo.text)) for demo in demos]
         markup.max_length = limit
         found = markup.compose(episode)
-        assert len(found.ids) <= limit
-        if len(whole.ids) <= limit:
+        name = max(len(markup.name_ids(option.name, True)) for option in episode.options)
+        most = limit - (name if answers == "names" else 0)
+        assert len(found.ids) <= most
+        if len(whole.ids) <= most:
             assert found == whole
             continue
         for dropped in range(len(demos) + 1):
             kept = sorted(_drop_order(demos)[dropped:])
-            room = limit - bare - sum(alone[i] - lengths[i] for i in kept)
+            room = most - bare - sum(alone[i] - lengths[i] for i in kept)
             cap = _common_cap([lengths[i] for i in kept], room)
             if cap is not None and cap >= min(SHORTEST_DEMO, max((lengths[i] for i in kept), default=0)):
                 break

@@ -35,6 +35,7 @@ def test_training_loss_falls_on_real_shapes(kind: str, tmp_path: Path) -> None:
     config = WarmupConfig(
         tasks=[TaskSource(str(sample_folders("warmup")[0]))],
         output=str(tmp_path / "run"),
+        answers="symbols",
         episodes=EpisodeConfig(n_way=(2, 2), k_shot=(0, 0)),
         optimiser=OptimiserConfig(steps=30, learning_rate=0.2, batch_tokens=900, window=32),
     )

@@ -20,10 +20,10 @@ from tests.conftest import tiny_backbone, tiny_task
 from tests.test_metaicl import PLAN, cut_short, train
 
 
-def lengths_given(model: MarkupModel, *, trains: bool) -> tuple[int, int]:
+def lengths_given(model: MarkupModel, *, trains: bool, text: str = "is it cold") -> tuple[int, int]:
     """Return a prompt's length, and to how many tokens the backbone was given it."""
     episode = MarkupModel.episode(["lost card", "weather"], [("will it rain", "weather")])
-    episode = replace(episode, queries=(Query("is it cold"),))
+    episode = replace(episode, queries=(Query(text),))
     prompt = model.markup.compose(episode)
     seen: list[int] = []
     note: Any = lambda _module, given, _output: seen.append(given[0].shape[1])  # noqa: E731
@@ -36,14 +36,16 @@ def lengths_given(model: MarkupModel, *, trains: bool) -> tuple[int, int]:
 
 @pytest.mark.parametrize("kind", ["llama", "t5", "bert", "roberta"])
 def test_prompts_are_padded_to_lengths_that_recur_where_that_pays(kind: str) -> None:
-    length, padded = lengths_given(MarkupModel(tiny_backbone(kind, precision="bf16"), "markup_letters"), trains=True)
+    def given(trains: bool = True, **options: Any) -> tuple[int, int]:
+        return lengths_given(MarkupModel(tiny_backbone(kind, **options), "markup_letters"), trains=trains)
+
+    length, padded = given(precision="bf16")
     assert length % MULTIPLE and padded == length + -length % MULTIPLE
-    for model, trains in (
-        (MarkupModel(tiny_backbone(kind, precision="bf16"), "markup_letters"), False),
-        (MarkupModel(tiny_backbone(kind, precision="bf16", chooses_attention=False), "markup_letters"), True),
-        (MarkupModel(tiny_backbone(kind), "markup_letters"), True),
+    for length, padded in (
+        given(precision="bf16", trains=False),
+        given(precision="bf16", chooses_attention=False),
+        given(),
     ):
-        length, padded = lengths_given(model, trains=trains)
         assert padded == length
 
 
@@ -87,7 +89,10 @@ def test_nor_is_one_of_metaicl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert train(tmp_path / "run", backbone=begun, **settings).summary["steps"] == 6
 
 
-def test_names_are_padded_too() -> None:
-    model = MarkupModel(tiny_backbone("bert", precision="bf16"), answers="names")
-    length, padded = lengths_given(model, trains=True)
-    assert length % MULTIPLE and not padded % MULTIPLE
+@pytest.mark.parametrize("kind", ["llama", "t5", "bert"])
+def test_names_are_padded_too(kind: str) -> None:
+    model = MarkupModel(tiny_backbone(kind, precision="bf16"), answers="names")
+    lengths_given(model, trains=False)  # checks what is checked at first use
+    _, unpadded = lengths_given(model, trains=False, text="is it cold outside")
+    _, padded = lengths_given(model, trains=True, text="is it cold outside")
+    assert unpadded % MULTIPLE and padded == unpadded + -unpadded % MULTIPLE

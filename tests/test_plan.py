@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,12 @@ def config() -> WarmupConfig:
     return WarmupConfig(tasks=[], episodes=episodes, optimiser=OptimiserConfig(steps=4, batch_tokens=400, window=16))
 
 
+class Untracked(nullcontext[None]):
+    """Says of every operation that no module is known for it."""
+
+    parents = frozenset({"Global"})
+
+
 def measured(model: MarkupModel, items: tuple[Item, ...], all_slots: bool = True) -> tuple[int, int]:
     """Return FLOPs as PyTorch counts them, and the bytes that autograd saves of a real model; neither is our code."""
 
@@ -89,7 +96,9 @@ def measured(model: MarkupModel, items: tuple[Item, ...], all_slots: bool = True
         assert model.backbone.exactness.limit and model.backbone.sees_nothing_ahead
     elif model.backbone.kind == "seq2seq":
         assert model.backbone.shares_names
-    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+    counter = FlopCounterMode(display=False, custom_mapping=formulas)
+    counter.mod_tracker = Untracked()  # PyTorch's own hooks refuse a gradient that is computed in a forward pass
+    with counter:
         with counted(kept):
             loss = model.loss_terms(*prompts_of(items), all_slots).loss(name_share=1.0)
         loss.backward()

@@ -168,7 +168,7 @@ def test_a_run_of_an_earlier_version_goes_on(tmp_path: Path, monkeypatch: pytest
         ({"start_from": ["c"], "template": "markup_letters"}, TagFileError, "c: has none of the tags"),
         ({"start_from": ["a", "b"]}, TagFileError, "is in a and, with other values, in b"),
         ({"start_from": ["other"]}, TagFileError, "start_from: other: made for 'tiny-roberta', not for 'tiny-bert'"),
-        ({"start_from": ["nowhere"]}, TagFileError, "there is no such folder"),
+        ({"start_from": ["nowhere"]}, TagFileError, "nowhere: there is no such folder"),
         ({"train_tags": ["<demos>"]}, ConfigError, "no tag <demos>; did you mean '<demo>'"),
     ],
 )

@@ -268,4 +268,4 @@ def test_names_in_files_lead_nowhere_outside(folder: Path, capsys: pytest.Captur
         folder / "again", *(folder / "again" / n for n in ("tags.json", "tags.safetensors", "README.md"))
     }  # fmt: skip
     assert main(["predict", "--tags", str(folder / "nowhere"), "--labels", "a", "b", "--", "x"]) == 2
-    assert "there is no such folder" in capsys.readouterr().err
+    assert "nowhere: there is no such folder" in capsys.readouterr().err
