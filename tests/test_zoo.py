@@ -10,14 +10,17 @@ from types import ModuleType
 import pytest
 
 from icl_markup.backbone import Backbone
+from icl_markup.config import load_config
 from icl_markup.embedded import sample_folders
 from icl_markup.errors import TagFileError
 from icl_markup.evaluation import answer_queries, draw_episodes
+from icl_markup.experiment_config import ExperimentConfig
 from icl_markup.hub import CARD, locate
 from icl_markup.model import MarkupModel
 from icl_markup.models import MODELS
 from icl_markup.readers import read_task
 from icl_markup.tagfile import read_tags
+from icl_markup.warmup_config import WarmupConfig
 from icl_markup.zoo import zoo_folder, zoo_names
 from tests.conftest import tiny_backbone
 
@@ -85,6 +88,19 @@ def test_the_seed_with_the_best_validation_is_published(tmp_path: Path, make_zoo
     assert best.training["seeds tried"] == [0, 1, 2]
     assert best.training["validation accuracy by seed"] == {str(seed): value for seed, value in accuracies.items()}
     assert best.license == "apache-2.0"
+
+
+def test_the_zoo_is_measured_on_sets_that_neither_trained_nor_validated_it() -> None:
+    configs = SCRIPTS.parent / "configs"
+    measured = load_config(ExperimentConfig, configs / "measure_zoo.yaml")
+    recipe = load_config(WarmupConfig, configs / "warmup.yaml")
+    made_of = {(source.path, label) for source in recipe.tasks for label in source.labels or ["all"]}
+    chosen = {(source.path, label) for source in recipe.validation_tasks for label in source.labels or ["all"]}
+    asked = {(source.path, label) for source in measured.tasks for label in source.labels or ["all"]}
+    assert asked and not asked & (made_of | chosen)
+    selected = {(source.path, label) for source in measured.selection_tasks for label in source.labels or ["all"]}
+    assert selected <= chosen
+    assert measured.episodes * measured.queries == 300
 
 
 @pytest.mark.skipif(zoo_folder("smollm2") is None, reason="the zoo has no tags for SmolLM2")
