@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 Name = tuple[int, ...]
 
+LONGEST_BRANCH = 8192
+"""The longest prompt that is read as a branch: a mask grows with the square of its length, copies only with it."""
+
 
 @dataclass(frozen=True)
 class NameScores:
@@ -96,7 +99,7 @@ def branches_fit(backbone: Backbone, queries: Sequence[_Query]) -> bool:
     if not backbone.shares_names:
         return False
     longest = max(len(query.prompt.ids) + max(map(len, query.names)) for query in queries)
-    return longest <= backbone.exactness.limit
+    return longest <= min(backbone.exactness.limit, LONGEST_BRANCH)
 
 
 def _names(markup: Markup, episode: Episode, slot: Slot) -> tuple[Name, ...]:

@@ -17,8 +17,8 @@ from icl_markup.warmup import OptimiserConfig, WarmupConfig, run_warmup
 from tests.conftest import shared_path
 
 
-@pytest.mark.parametrize("kind", ["causal", "seq2seq"])
-def test_training_loss_falls_on_real_shapes(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "rate", "tokens"), [("causal", 0.05, 3000), ("seq2seq", 0.2, 900)])
+def test_training_loss_falls_on_real_shapes(kind: str, rate: float, tokens: int, tmp_path: Path) -> None:
     if kind == "causal":
         name = str(shared_path("models", "karpathy-stories260K"))
     else:
@@ -37,7 +37,7 @@ def test_training_loss_falls_on_real_shapes(kind: str, tmp_path: Path) -> None:
         output=str(tmp_path / "run"),
         answers="symbols",
         episodes=EpisodeConfig(n_way=(2, 2), k_shot=(0, 0)),
-        optimiser=OptimiserConfig(steps=30, learning_rate=0.2, batch_tokens=900, window=32),
+        optimiser=OptimiserConfig(steps=30, learning_rate=rate, batch_tokens=tokens, window=32),
     )
     result = run_warmup(config, backbone=backbone, progress=False)
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

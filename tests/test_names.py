@@ -125,6 +125,17 @@ def test_prompts_beyond_a_models_window_are_scored_one_by_one(monkeypatch: pytes
     assert torch.allclose(found.scores, wanted.scores, atol=1e-4)
 
 
+def test_long_prompts_are_copied_as_a_mask_of_theirs_would_be_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = MarkupModel(tiny_backbone("llama"), "markup_words")
+    wanted, gradient = trained(model, episodes())
+    prompts, of = composed(model, episodes())
+    monkeypatch.setattr("icl_markup.names.LONGEST_BRANCH", min(len(prompt.ids) for prompt in prompts))
+    assert model.tokens_of(prompts[:1], of[0]) == len(prompts[0].ids) * len(of[0].options)
+    found, again = trained(model, episodes())
+    assert torch.allclose(found.scores, wanted.scores, atol=1e-4)
+    assert torch.allclose(again, gradient, atol=1e-4 * float(gradient.abs().max()))
+
+
 def test_branches_see_their_own_prompt_and_nothing_else() -> None:
     sequence = BranchedSequence()
     trunk = sequence.add([1, 2])
