@@ -123,7 +123,7 @@ def test_a_folder_wins_over_a_name_on_the_hub_and_has_no_revisions(hub: HubStand
     for name, revision in (("user/tags@main", None), ("user/tags", "main"), (tmp_path / "user" / "tags", "main")):
         with pytest.raises(TagFileError, match="is read as a folder, which has no revisions"):
             read_tags(name, revision)
-    with pytest.raises(TagFileError, match="./user/nothing: there is no such folder"):
+    with pytest.raises(TagFileError, match=r"\./user/nothing: there is no such folder"):
         read_tags("./user/nothing")
     with pytest.raises(TagFileError, match="give one of them"):
         read_tags("user/other@a", "b")
