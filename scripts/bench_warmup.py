@@ -268,10 +268,10 @@ def memory_of(way: str, shape: str, precision: str, out: str) -> float:
     return memory.grown
 
 
-def child(*args: str, returns_pages: bool = False) -> Any:
-    """Measure something in a process of its own."""
+def child(*args: str, script: str = __file__, returns_pages: bool = False) -> Any:
+    """Measure something by a script in a process of its own."""
     env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"} if returns_pages else None
-    command = [sys.executable, __file__, "-", *args]
+    command = [sys.executable, script, "-", *args]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     if done.returncode:
         sys.exit(f"{' '.join(args)} failed:\n{done.stderr[-3000:]}")
