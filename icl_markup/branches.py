@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from icl_markup.prefixes import common
 from icl_markup.prompt import Prompt
 
 _NO_PARENT = -1
@@ -37,9 +36,9 @@ class BranchedSequence:
     _ends: list[int] = field(default_factory=list)
     """The position after each branch's last id."""
 
-    def add(self, ids: Sequence[int], parent: int = _NO_PARENT) -> int:
-        """Add a branch and return its number."""
-        first = 0 if parent == _NO_PARENT else self._ends[parent]
+    def add(self, ids: Sequence[int], parent: int = _NO_PARENT, start: int = 0) -> int:
+        """Add a branch and return its number; one without a parent begins at the position `start`."""
+        first = start if parent == _NO_PARENT else self._ends[parent]
         number = len(self.parents)
         self.ids += ids
         self.positions += range(first, first + len(ids))
@@ -112,3 +111,15 @@ def stacked(sequences: Iterable[BranchedSequence], length: int) -> tuple[Tensor,
     for row, sequence in enumerate(rows):
         positions[row, : len(sequence.ids)] = torch.tensor(sequence.positions)
     return positions, torch.stack([sequence.visible(length) for sequence in rows])
+
+
+def common(first: Sequence[int], second: Sequence[int]) -> int:
+    """Return how many ids two sequences begin with alike."""
+    low, high = 0, min(len(first), len(second))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if first[low:middle] == second[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

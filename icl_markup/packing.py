@@ -1,8 +1,9 @@
 """Prompts that begin alike, in one sequence: what they share is computed once, and each sees nothing of the others.
 
-A tree is a beginning and its continuations. Trees stand one after the other in a batch of one; positions restart
-where a continuation starts, and a mask of attention lets each token see the beginning and its own continuation
-only. So the keys and values of a beginning are computed once, and never copied for each prompt.
+A tree is a beginning and its continuations, which may have continuations of their own. Trees stand one after the other
+in a batch of one; positions go on from what a continuation continues, and a mask of attention lets each token see what
+stands before it in its own prompt only. So the keys and values of a beginning are computed once, and never copied for
+each prompt.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from icl_markup.blocked_attention import BLOCKED
+from icl_markup.branches import BranchedSequence
 from icl_markup.errors import BackboneError
 from icl_markup.tags import TagTable
 
@@ -57,11 +59,13 @@ class Tree(NamedTuple):
         past: the part of the beginning that has been computed, or None.
         trunk: the ids of the rest of the beginning; none where all of it has been computed.
         branches: the ids of each continuation; none where only the beginning is wanted.
+        parents: the number of the earlier branch that each one continues, or `TRUNK`; empty: all continue the trunk.
     """
 
     past: Prefix | None
     trunk: tuple[int, ...]
     branches: tuple[tuple[int, ...], ...]
+    parents: tuple[int, ...] = ()
 
     @property
     def seen(self) -> int:
@@ -117,28 +121,25 @@ def grow(backbone: Backbone, table: TagTable | None, trees: Sequence[Tree]) -> l
     """
     pasts = list({id(tree.past): tree.past for tree in trees if tree.past is not None}.values())
     roots = {id(past): number for number, past in enumerate(pasts)}
-    ids: list[int] = []
-    # For each id its position in its own prompt, the past it sees, its tree and its branch.
-    marks: list[tuple[int, int, int, int]] = []
-    for number, tree in enumerate(trees):
-        root = roots.get(id(tree.past), len(pasts))
-        for branch, part in enumerate((tree.trunk, *tree.branches), start=TRUNK):
-            first = tree.seen + (0 if branch == TRUNK else len(tree.trunk))
-            ids += part
-            marks += [(first + i, root, number, branch) for i in range(len(part))]
-    device, seen = backbone.device, sum(len(past.ids) for past in pasts)
-    positions, root_of, tree_of, branch_of = torch.tensor(marks, device=device).T
+    sequence = BranchedSequence()
+    root_of: list[int] = []  # for each id the past that it sees
+    for tree in trees:
+        trunk = sequence.add(tree.trunk, start=tree.seen)
+        for branch, parent in zip(tree.branches, tree.parents or (TRUNK,) * len(tree.branches), strict=True):
+            sequence.add(branch, trunk if parent == TRUNK else trunk + 1 + parent)
+        root_of += [roots.get(id(tree.past), len(pasts))] * tree.tokens
+    ids, device, seen = sequence.ids, backbone.device, sum(len(past.ids) for past in pasts)
     plain = len(trees) == 1 and len(trees[0].branches) + bool(trees[0].trunk) == 1
     if plain:  # an ordinary prompt: attention without a mask of its own is faster
         mask = torch.ones(1, seen + len(ids), dtype=torch.long, device=device)
     else:
-        columns = torch.tensor([n for n, past in enumerate(pasts) for _ in past.ids], dtype=torch.long, device=device)
-        allowed = (tree_of[:, None] == tree_of) & ((branch_of == TRUNK) | (branch_of[:, None] == branch_of))
-        mask = attention_mask(backbone, torch.cat([root_of[:, None] == columns, allowed.tril()], dim=1)[None])
+        columns = torch.tensor([n for n, past in enumerate(pasts) for _ in past.ids], dtype=torch.long)
+        before = torch.tensor(root_of)[:, None] == columns
+        mask = attention_mask(backbone, torch.cat([before, sequence.visible(len(ids))], dim=1)[None].to(device))
     cache = _cache(pasts)
     inputs: dict[str, Any] = {
         "input_ids": torch.tensor([ids], device=device),
-        "position_ids": positions[None],
+        "position_ids": torch.tensor([sequence.positions], device=device),
         "attention_mask": mask,
         "past_key_values": cache,
         "use_cache": True,

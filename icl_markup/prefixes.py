@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import OrderedDict
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from icl_markup.branches import common
 from icl_markup.packing import Prefix
 from icl_markup.tags import TagTable
 
@@ -124,15 +124,3 @@ class PrefixCache:
         while self._bytes > self.most_bytes or len(self._entries) > MOST_ENTRIES:
             _, dropped = self._entries.popitem(last=False)
             self._bytes -= dropped.bytes
-
-
-def common(first: Sequence[int], second: Sequence[int]) -> int:
-    """Return how many ids two sequences begin with alike."""
-    low, high = 0, min(len(first), len(second))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if first[low:middle] == second[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low

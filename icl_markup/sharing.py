@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from icl_markup.branches import common
 from icl_markup.episodes import Episode
 from icl_markup.markup import Markup
-from icl_markup.packing import Grown, Prefix, Tree, grow, takes_masks
-from icl_markup.prefixes import common
+from icl_markup.packing import TRUNK, Grown, Prefix, Tree, grow, takes_masks
 from icl_markup.prompt import Prompt
 
 if TYPE_CHECKING:
@@ -42,12 +42,44 @@ class Group(NamedTuple):
     keep: bool
 
 
-class _Unit(NamedTuple):
-    """A tree, the prompt and the option of each of its branches, and whether its beginning is to be kept."""
+class _Twig(NamedTuple):
+    """What a prompt adds to what it begins with.
 
-    tree: Tree
-    owners: tuple[tuple[int, int], ...]
+    Attributes:
+        owner: the prompt's number.
+        stem: its ids behind the beginning, its slot among them.
+        names: the ids of each name that may answer it, without the last; none where symbols answer.
+        first: the number of the first of these among the prompt's options.
+    """
+
+    owner: int
+    stem: tuple[int, ...]
+    names: tuple[tuple[int, ...], ...] = ()
+    first: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """The number of ids."""
+        return len(self.stem) + sum(map(len, self.names))
+
+
+class _Unit(NamedTuple):
+    """A beginning, what prompts add to it, and whether it is to be kept."""
+
+    past: Prefix | None
+    trunk: tuple[int, ...]
+    twigs: tuple[_Twig, ...]
     keep: bool = False
+
+    @property
+    def tree(self) -> Tree:
+        """The beginning with stems behind it, and names behind each stem."""
+        branches: list[tuple[int, ...]] = []
+        parents: list[int] = []
+        for twig in self.twigs:
+            parents += [TRUNK, *[len(branches)] * len(twig.names)]
+            branches += [twig.stem, *twig.names]
+        return Tree(self.past, self.trunk, tuple(branches), tuple(parents))
 
 
 def prefix_length(prompt: Prompt) -> int:
@@ -141,16 +173,15 @@ class _Call:
 
     def scores(self) -> dict[int, Tensor]:
         """Score what can be scored from shared beginnings."""
-        found: dict[int, dict[int, Tensor]] = defaultdict(dict)
+        found: dict[int, list[Tensor]] = defaultdict(list)  # names of one prompt may come in parts, in order
         for pack in self._packs():
             grown = grow(self.backbone, self.table, [unit.tree for unit in pack])
             for unit, tree in zip(pack, grown, strict=True):
                 if unit.keep:
                     self.cache.keep(tree.prefix())
-            for owner, score in self._read(pack, grown):
-                found[owner[0]][owner[1]] = score
-        scores = {i: torch.stack([of[k] for k in range(len(of))]) for i, of in found.items() if self.names[i]}
-        return scores | {i: of[0] for i, of in found.items() if not self.names[i]}
+            for owner, scores in self._read(pack, grown):
+                found[owner].append(scores)
+        return {i: torch.cat(parts) for i, parts in found.items()}
 
     def _groups(self) -> list[Group]:
         fit = [
@@ -192,19 +223,14 @@ class _Call:
         return past, rest
 
     def _units(self) -> Iterator[_Unit]:
-        """Yield trees; beginnings that are not computed together with what follows are computed before."""
+        """Yield beginnings with what follows, no more of it than goes into one sequence."""
         for group in self._groups():
             past, rest = self._past(group)
-            if any(self.names[i] for i in group.members):
-                past = self._computed(past, rest, group.keep)
-                for i in group.members:  # the trunk's last id predicts the first of every name
-                    branches = tuple(name[:-1] for name in self.names[i])
-                    owners = tuple((i, option) for option in range(len(branches)))
-                    yield from self._cut(_Unit(Tree(past, self.prompts[i].ids[len(group.head) :], branches), owners))
-            else:
-                branches = tuple(self.prompts[i].ids[len(group.head) :] for i in group.members)
-                owners = tuple((i, 0) for i in group.members)
-                yield from self._cut(_Unit(Tree(past, rest, branches), owners, group.keep and bool(rest)))
+            twigs = [
+                _Twig(i, self.prompts[i].ids[len(group.head) :], tuple(name[:-1] for name in self.names[i]))
+                for i in group.members
+            ]
+            yield from self._cut(_Unit(past, rest, tuple(twigs), group.keep and bool(rest)))
 
     def _computed(self, past: Prefix | None, rest: tuple[int, ...], keep: bool) -> Prefix | None:
         if not rest:
@@ -215,68 +241,102 @@ class _Call:
         return prefix
 
     def _cut(self, unit: _Unit) -> Iterator[_Unit]:
-        """Cut a tree that is too large for one sequence; each part computes its trunk anew if that is short."""
-        tree, most = unit.tree, min(self.most, self.limit - unit.tree.seen)
-        if tree.tokens <= most:
+        """Cut what is too large for one sequence; each part computes the trunk anew if that is short."""
+        most = self._room(unit.past)
+        if unit.tree.tokens <= most:
             yield unit
             return
-        if unit.keep or len(tree.trunk) > most // 4:
-            kept = len(tree.trunk) - bool(self.names[unit.owners[0][0]])  # names are read at the trunk's last id
-            past = self._computed(tree.past, tree.trunk[:kept], unit.keep)
-            tree = Tree(past, tree.trunk[kept:], tree.branches)
-            most = min(self.most, self.limit - tree.seen)
-        start, size = 0, len(tree.trunk)
-        for end, branch in enumerate(tree.branches):
-            if end > start and size + len(branch) > most:
-                yield _Unit(tree._replace(branches=tree.branches[start:end]), unit.owners[start:end])
-                start, size = end, len(tree.trunk)
-            size += len(branch)
-        yield _Unit(tree._replace(branches=tree.branches[start:]), unit.owners[start:])
+        past, trunk, twigs, keep = unit
+        if keep or len(trunk) > most // 4:
+            past, trunk = self._computed(past, trunk, keep), ()
+            most = self._room(past)
+        waiting: list[_Twig] = []
+        size = len(trunk)
+        for twig in twigs:
+            if waiting and size + twig.tokens > most:
+                yield _Unit(past, trunk, tuple(waiting))
+                waiting, size = [], len(trunk)
+            if twig.names and size + twig.tokens > most:  # a prompt by itself
+                yield from self._cut_names(past, trunk, twig)
+                continue
+            waiting.append(twig)
+            size += twig.tokens
+        if waiting:
+            yield _Unit(past, trunk, tuple(waiting))
+
+    def _cut_names(self, past: Prefix | None, trunk: tuple[int, ...], twig: _Twig) -> Iterator[_Unit]:
+        """Cut one prompt between its names; the last id of its stem predicts their first tokens, in every part."""
+        stem = trunk + twig.stem
+        if len(stem) > self._room(past) // 4:
+            past, stem = self._computed(past, stem[:-1], False), stem[-1:]
+        most = self._room(past)
+        start, size = 0, len(stem)
+        for end, name in enumerate(twig.names):
+            if end > start and size + len(name) > most:
+                yield _Unit(past, (), (_Twig(twig.owner, stem, twig.names[start:end], start),))
+                start, size = end, len(stem)
+            size += len(name)
+        yield _Unit(past, (), (_Twig(twig.owner, stem, twig.names[start:], start),))
+
+    def _room(self, past: Prefix | None) -> int:
+        """Return how many ids may be computed in one sequence behind a beginning."""
+        return min(self.most, self.limit - (len(past.ids) if past else 0))
 
     def _packs(self) -> Iterator[list[_Unit]]:
         """Put trees into sequences, in order."""
         pack: list[_Unit] = []
         tokens, seen = 0, {}
         for unit in self._units():
-            tokens += unit.tree.tokens
-            seen[id(unit.tree.past)] = unit.tree.seen
+            tree = unit.tree
+            tokens += tree.tokens
+            seen[id(unit.past)] = tree.seen
             columns = tokens + sum(seen.values())
             if pack and (tokens > self.most or columns > min(MOST_SEEN, self.limit)):
                 yield pack
-                pack, tokens, seen = [], unit.tree.tokens, {id(unit.tree.past): unit.tree.seen}
+                pack, tokens, seen = [], tree.tokens, {id(unit.past): tree.seen}
             pack.append(unit)
         if pack:
             yield pack
 
-    def _read(self, pack: Sequence[_Unit], grown: Sequence[Grown]) -> Iterator[tuple[tuple[int, int], Tensor]]:
-        """Yield the scores of a sequence's branches, each with the prompt and the option it belongs to."""
-        owners = [owner for unit in pack for owner in unit.owners]
-        if self.names[owners[0][0]]:
-            yield from zip(owners, self._name_scores(owners, grown), strict=True)
+    def _read(self, pack: Sequence[_Unit], grown: Sequence[Grown]) -> Iterator[tuple[int, Tensor]]:
+        """Yield what each twig of a sequence was given: the number of its prompt, and its options' scores."""
+        read: list[tuple[_Twig, Tensor, list[Tensor]]] = []
+        for unit, tree in zip(pack, grown, strict=True):
+            parts = iter(tree.branches)
+            for twig in unit.twigs:
+                read.append((twig, next(parts), [next(parts) for _ in twig.names]))
+        if self.names[read[0][0].owner]:
+            yield from self._name_scores(read)
             return
-        hidden = [part for tree in grown for part in tree.branches]
-        slots = [self.prompts[i].slots[-1] for i, _ in owners]
-        lengths = [len(self.prompts[i].ids) for i, _ in owners]
-        rows = [part[slot.position - n] for part, slot, n in zip(hidden, slots, lengths, strict=True)]
+        slots = [self.prompts[twig.owner].slots[-1] for twig, _, _ in read]
+        rows = [
+            stem[slot.position - len(self.prompts[twig.owner].ids)]
+            for (twig, stem, _), slot in zip(read, slots, strict=True)
+        ]
         most = max(len(slot.candidates) for slot in slots)
         candidates = torch.tensor([[*slot.candidates, *[0] * (most - len(slot.candidates))] for slot in slots])
         logits = self.backbone.logits_at(torch.stack(rows), candidates, torch.ones_like(candidates, dtype=torch.bool))
-        for owner, slot, row in zip(owners, slots, logits.cpu(), strict=True):
-            yield owner, row[: len(slot.candidates)]
+        for (twig, _, _), slot, row in zip(read, slots, logits.cpu(), strict=True):
+            yield twig.owner, row[: len(slot.candidates)]
 
-    def _name_scores(self, owners: Sequence[tuple[int, int]], grown: Sequence[Grown]) -> Tensor:
-        """Score names behind trunks; the end of a trunk is one place for all of its names."""
-        names = [self.names[i][option] for i, option in owners]
+    def _name_scores(self, read: Sequence[tuple[_Twig, Tensor, list[Tensor]]]) -> Iterator[tuple[int, Tensor]]:
+        """Score names behind stems; the end of a stem is one place for the first tokens of all of its names."""
         hidden: list[Tensor] = []
         rows: list[int] = []
+        targets: list[int] = []
+        sizes: list[int] = []
         place = 0
-        for tree in grown:
-            hidden += [tree.trunk[-1:], *tree.branches]
+        for twig, stem, parts in read:
+            hidden += [stem[-1:], *parts]
             end, place = place, place + 1
-            for part in tree.branches:
-                rows += [end, *range(place, place + len(part))]
-                place += len(part)
-        targets = torch.tensor([token for name in names for token in name])
-        log_probs = self.backbone.log_probs_at(torch.cat(hidden), targets, torch.tensor(rows))
-        parts = log_probs.split([len(name) for name in names])
-        return torch.stack([part.mean() if self.normalised else part.sum() for part in parts]).cpu()
+            names = self.names[twig.owner][twig.first : twig.first + len(twig.names)]
+            for name in names:
+                rows += [end, *range(place, place + len(name) - 1)]
+                place += len(name) - 1
+                targets += name
+                sizes.append(len(name))
+        log_probs = self.backbone.log_probs_at(torch.cat(hidden), torch.tensor(targets), torch.tensor(rows))
+        scores = torch.stack([x.mean() if self.normalised else x.sum() for x in log_probs.split(sizes)]).cpu()
+        shares = scores.split([len(twig.names) for twig, _, _ in read])
+        for (twig, _, _), share in zip(read, shares, strict=True):
+            yield twig.owner, share

@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 from icl_markup import sharing
 from icl_markup.backbone import Backbone
 from icl_markup.batching import Batch
+from icl_markup.branches import common
 from icl_markup.episodes import Episode, Query
 from icl_markup.exactness import Exactness
 from icl_markup.loading import checkpoint_gradients
 from icl_markup.model import MarkupModel
 from icl_markup.packing import Prefix, Tree, grow
-from icl_markup.prefixes import MOST_ENTRIES, PrefixCache, common
+from icl_markup.prefixes import MOST_ENTRIES, PrefixCache
 from icl_markup.sharing import FEW, LEAST_SHARED, find_groups, prefix_length
 from tests.conftest import byte_level_tokenizer, tiny_backbone
 
@@ -116,6 +117,23 @@ def test_the_size_of_batches_changes_no_score(answers: str, tokens: int) -> None
     episodes = [asked(), asked(TEXTS[::-1], DEMOS[:1])]
     assert torch.allclose(flat(model, episodes, tokens), whole(model, episodes), atol=1e-5)
     assert model.prefixes.counts.reused > 0
+
+
+@pytest.mark.parametrize("answers", ["symbols", "names"])
+def test_context_queries_and_names_are_one_pass(answers: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    trees: list[Sequence[Tree]] = []
+
+    def counting(backbone: Backbone, table: object, pack: Sequence[Tree]) -> object:
+        trees.append(pack)
+        return grow(backbone, table, pack)
+
+    model = MarkupModel(causal("llama"), "markup_letters", answers=answers)
+    assert model.backbone.exactness.limit  # is found out with passes of its own
+    monkeypatch.setattr(sharing, "grow", counting)
+    flat(model, [asked(TEXTS[:2])])
+    [[tree]] = trees
+    assert len(tree.trunk) > LEAST_SHARED
+    assert len(tree.branches) == 2 * (1 if answers == "symbols" else 1 + len(LABELS))
 
 
 def test_no_sequence_holds_more_new_tokens_than_a_batch_may(monkeypatch: pytest.MonkeyPatch) -> None:
