@@ -11,8 +11,9 @@ arXiv 2104.08315).
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -67,21 +68,35 @@ def log_probs_of(
     Raises:
         PromptError: a prompt cannot be composed.
     """
-    probes = [_probes(episode, prior) for episode in episodes]
-    asked = [replace(e, queries=e.queries + probe) for e, probe in zip(episodes, probes, strict=True)]
-    bare = dict.fromkeys(_bare(episode) for episode in episodes) if prior == "unconditional" else {}
+    return log_probs_by_prior(model, episodes, (prior,), batch_tokens)[prior]
+
+
+def log_probs_by_prior(
+    model: MarkupModel, episodes: Sequence[Episode], priors: Collection[Prior], batch_tokens: int
+) -> dict[Prior, list[EpisodeLogProbs]]:
+    """Do what `log_probs_of` does with each of several priors; what they have in common is asked once."""
+    probes = [{prior: _probes(episode, prior) for prior in priors} for episode in episodes]
+    asked = [
+        replace(episode, queries=episode.queries + tuple(chain.from_iterable(of.values())))
+        for episode, of in zip(episodes, probes, strict=True)
+    ]
+    bare = dict.fromkeys(_bare(episode) for episode in episodes) if "unconditional" in priors else {}
     found = model.scores([*asked, *bare], batch_tokens)
     rows = [log_softmax(np.array([one.scores.double().numpy() for one in each]), axis=1) for each in found]
     alone = dict(zip(bare, rows[len(asked) :], strict=True))
-    results = []
-    for episode, answers, own in zip(episodes, found, rows, strict=False):
-        count = len(episode.queries)
-        sample = alone[_bare(episode)] if prior == "unconditional" else own[count:]
-        log_probs = own[:count] if prior == "none" else without_prior(own[:count], sample, names_of(episode))
-        asked_of = answers[:count]
-        results.append(
-            EpisodeLogProbs(log_probs, tuple(one.shortened for one in asked_of), tuple(one.dropped for one in asked_of))
-        )
+    results: dict[Prior, list[EpisodeLogProbs]] = {prior: [] for prior in priors}
+    for episode, of, answers, own in zip(episodes, probes, found, rows, strict=False):
+        end = len(episode.queries)
+        raw, asked_of = own[:end], answers[:end]
+        shortened = tuple(one.shortened for one in asked_of)
+        dropped = tuple(one.dropped for one in asked_of)
+        for prior, texts in of.items():
+            start, end = end, end + len(texts)
+            log_probs = raw
+            if prior != "none":
+                sample = alone[_bare(episode)] if prior == "unconditional" else own[start:end]
+                log_probs = without_prior(raw, sample, names_of(episode))
+            results[prior].append(EpisodeLogProbs(log_probs, shortened, dropped))
     return results
 
 

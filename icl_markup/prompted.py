@@ -13,10 +13,37 @@ from scipy.special import logsumexp
 from icl_markup.episodes import Episode
 from icl_markup.method import EpisodeScores
 from icl_markup.model import MarkupModel
-from icl_markup.priors import Prior, log_probs_of, names_of, without_prior
+from icl_markup.priors import EpisodeLogProbs, Prior, log_probs_by_prior, names_of, without_prior
 from icl_markup.tasks import NONE_OF_THE_ABOVE
 
 Calibration = Literal["none", "contextual", "domain", "unconditional", "batch"]
+
+
+class Probed:
+    """A model's answers with each prior that methods want taken off: asked for together, and kept until others are.
+
+    Args:
+        model: the model.
+
+    Attributes:
+        priors: the priors that are wanted.
+    """
+
+    def __init__(self, model: MarkupModel):
+        self.model = model
+        self.priors: list[Prior] = []
+        self._episodes: list[Episode] = []
+        self._found: dict[Prior, list[EpisodeLogProbs]] = {}
+
+    def of(self, episodes: Sequence[Episode], prior: Prior, batch_tokens: int) -> list[EpisodeLogProbs]:
+        """Answer every query of every episode; see `icl_markup.priors.log_probs_of`."""
+        if prior not in self.priors:
+            self.priors.append(prior)
+        if prior not in self._found or self._episodes != list(episodes):
+            self._found = log_probs_by_prior(self.model, episodes, self.priors, batch_tokens)
+            self._episodes = list(episodes)
+            self.model.prefixes.clear()  # contexts do not come again, and many models together hold much
+        return self._found[prior]
 
 
 @dataclass(frozen=True)
@@ -33,11 +60,20 @@ class Prompted:
         batch_tokens: the most tokens of one forward pass.
     """
 
-    model: MarkupModel
+    model: Probed
     calibration: Calibration = "none"
     offers_none: bool = True
     shows_demos: bool = True
     batch_tokens: int = 4096
+
+    def __post_init__(self) -> None:
+        if self.prior not in self.model.priors:
+            self.model.priors.append(self.prior)
+
+    @property
+    def prior(self) -> Prior:
+        """The prior that the model is asked for."""
+        return "none" if self.calibration == "batch" else self.calibration
 
     def scores(self, episodes: Sequence[Episode]) -> list[EpisodeScores]:
         """Score every query of every episode.
@@ -46,11 +82,9 @@ class Prompted:
             PromptError: a prompt cannot be composed.
         """
         asked = [self._prepared(episode) for episode in episodes]
-        prior: Prior = "none" if self.calibration == "batch" else self.calibration
         results = []
-        for episode, shown, found in zip(
-            episodes, asked, log_probs_of(self.model, asked, prior, self.batch_tokens), strict=True
-        ):
+        answered = self.model.of(asked, self.prior, self.batch_tokens)
+        for episode, shown, found in zip(episodes, asked, answered, strict=True):
             own = found.log_probs
             if self.calibration == "batch":
                 own = without_prior(own, own, names_of(shown))

@@ -23,7 +23,7 @@ from icl_markup.metaicl_model import read_details
 from icl_markup.method import Method
 from icl_markup.model import MarkupModel
 from icl_markup.processes import Processes
-from icl_markup.prompted import Prompted
+from icl_markup.prompted import Probed, Prompted
 from icl_markup.retrieval import NearestLabel
 from icl_markup.sentences import SentenceEncoder
 from icl_markup.tagfile import load_model, read_tags
@@ -69,6 +69,7 @@ def variants(config: ExperimentConfig, backbone: Backbone, encoder: Callable[[],
         MarkupError: a template, tag folder, warm-up or argument cannot be used.
     """
     weights = backbone.checksum()
+    models: dict[str, Probed] = {}  # one for all calibrations
     for method in config.methods:
         name = (method.name_in_rows or method.name) + CALIBRATIONS.get(method.calibration, "")
         if method.out_of_scope == "max_probability":
@@ -77,6 +78,8 @@ def variants(config: ExperimentConfig, backbone: Backbone, encoder: Callable[[],
             yield _baseline(name, method, config, encoder)
             continue
         for label, made_of, model, parameters in _models(method, config, backbone):
+            # Now, and not where it is made: the first that answers asks for the priors of all.
+            prompted = _prompted(method, config, models.setdefault(json.dumps(made_of), Probed(model)))
             digest = hashlib.sha256(json.dumps([weights, made_of, method.calibration, method.out_of_scope]).encode())
             yield Variant(
                 name,
@@ -84,14 +87,18 @@ def variants(config: ExperimentConfig, backbone: Backbone, encoder: Callable[[],
                 digest.hexdigest()[:16],
                 parameters,
                 True,
-                _prompted(method, config, model),
+                _constant(prompted),
                 method,
             )
 
 
-def _prompted(method: MethodConfig, config: ExperimentConfig, model: Callable[[], MarkupModel]) -> Callable[[], Method]:
-    return lambda: Prompted(
-        model(),
+def _constant(method: Method) -> Callable[[], Method]:
+    return lambda: method
+
+
+def _prompted(method: MethodConfig, config: ExperimentConfig, model: Probed) -> Method:
+    return Prompted(
+        model,
         method.calibration,
         offers_none=method.out_of_scope == "default",
         shows_demos=method.name != "label_names",
@@ -101,8 +108,8 @@ def _prompted(method: MethodConfig, config: ExperimentConfig, model: Callable[[]
 
 def _models(
     method: MethodConfig, config: ExperimentConfig, backbone: Backbone
-) -> Iterator[tuple[str, list[Any], Callable[[], MarkupModel], int]]:
-    """Yield label, what the answers depend on besides the backbone, a function that makes the model, parameters."""
+) -> Iterator[tuple[str, list[Any], MarkupModel, int]]:
+    """Yield label, what the answers depend on besides the backbone, the model, parameters."""
     if method.name in ("plain", "label_names", "tags_untrained"):
         for name in method.templates or [_default_template(config, backbone)]:
             template = _without(Template.load(name), method.without_tags)
@@ -114,7 +121,7 @@ def _models(
             )
             rows = model.table.rows.numel() if model.table else 0
             made_of = [template.source, model.answers, method.initialisation, method.name, *_chat(model.chat)]
-            yield Path(name).stem, made_of, _constant(model), 0 if method.name != "tags_untrained" else rows
+            yield Path(name).stem, made_of, model, 0 if method.name != "tags_untrained" else rows
         return
     folders = [Path(folder) for folder in method.folders]
     folders += [_warmed_up(method, seed, config, backbone) for seed in method.seeds] if method.warmup else []
@@ -124,7 +131,7 @@ def _models(
             trained, parameters = load_metaicl(folder, backbone)
             seed_of_run = read_details(folder)["summary"]["seed"]
             made_of = [_digest(folder), *_chat(trained.chat)]
-            yield f"seed {seed_of_run}", made_of, _constant(trained), parameters
+            yield f"seed {seed_of_run}", made_of, trained, parameters
             continue
         file = read_tags(folder)
         label = f"seed {file.training.get('seed')}"
@@ -137,7 +144,7 @@ def _models(
             yield (
                 label if other is None else f"{Path(other).stem}, {label}",
                 made_of,
-                _constant(model),
+                model,
                 model.table.rows.numel(),
             )
 
@@ -145,10 +152,6 @@ def _models(
 def _default_template(config: ExperimentConfig, backbone: Backbone) -> str:
     answers = config.answers
     return default_template(default_answers(backbone.kind, backbone.parameters) if answers == "auto" else answers)
-
-
-def _constant(model: MarkupModel) -> Callable[[], MarkupModel]:
-    return lambda: model
 
 
 def _with_template(model: MarkupModel, template: Template) -> MarkupModel:

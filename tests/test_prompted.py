@@ -15,7 +15,7 @@ from icl_markup.experiment_config import RetrievalConfig
 from icl_markup.method import EpisodeScores
 from icl_markup.model import MarkupModel
 from icl_markup.priors import CONTENT_FREE
-from icl_markup.prompted import Prompted, out_of_scope
+from icl_markup.prompted import Calibration, Probed, Prompted, out_of_scope
 from icl_markup.retrieval import Retrieved
 from icl_markup.tasks import NONE_OF_THE_ABOVE
 from tests.conftest import TEXTS, tiny_backbone
@@ -35,7 +35,7 @@ def episode(labels: int = 3, open_world: bool = False) -> Episode:
 
 
 def test_scores_are_the_models_own(model: MarkupModel) -> None:
-    (found,) = Prompted(model).scores([episode()])
+    (found,) = Prompted(Probed(model)).scores([episode()])
     expected = [p.probabilities for p in model.predictions(episode())]
     assert found.log_probs.shape == (3, 3)
     assert softmax(found.log_probs, axis=1) == pytest.approx(np.array([list(p.values()) for p in expected]), abs=1e-5)
@@ -43,31 +43,52 @@ def test_scores_are_the_models_own(model: MarkupModel) -> None:
 
 def test_contextual_calibration_makes_content_free_texts_uniform(model: MarkupModel) -> None:
     probes = replace(episode(), queries=tuple(Query(text, 0) for text in CONTENT_FREE))
-    (found,) = Prompted(model, "contextual").scores([probes])
-    mean = softmax(Prompted(model).scores([probes])[0].log_probs, axis=1).mean(axis=0)
-    raw = softmax(Prompted(model).scores([probes])[0].log_probs, axis=1) / mean
+    (found,) = Prompted(Probed(model), "contextual").scores([probes])
+    mean = softmax(Prompted(Probed(model)).scores([probes])[0].log_probs, axis=1).mean(axis=0)
+    raw = softmax(Prompted(Probed(model)).scores([probes])[0].log_probs, axis=1) / mean
     assert softmax(found.log_probs, axis=1) == pytest.approx(raw / raw.sum(axis=1, keepdims=True), abs=1e-5)
 
 
 def test_batch_calibration_divides_by_the_mean_over_the_queries(model: MarkupModel) -> None:
-    (raw,) = Prompted(model).scores([episode()])
-    (found,) = Prompted(model, "batch").scores([episode()])
+    (raw,) = Prompted(Probed(model)).scores([episode()])
+    (found,) = Prompted(Probed(model), "batch").scores([episode()])
     prior = logsumexp(raw.log_probs, axis=0) - np.log(3)
     expected = raw.log_probs - prior
     assert found.log_probs == pytest.approx(expected - logsumexp(expected, axis=1, keepdims=True), abs=1e-5)
 
 
+def test_calibrations_of_one_model_are_asked_for_together(model: MarkupModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds: list[Calibration] = ["none", "contextual", "domain", "unconditional", "batch"]
+    alone = [Prompted(Probed(model), kind).scores([episode(), episode(2)]) for kind in kinds]
+    calls = []
+    scores = type(model).scores
+
+    def counting(self: MarkupModel, episodes: Sequence[Episode], batch_tokens: int) -> object:
+        calls.append(episodes)
+        return scores(self, episodes, batch_tokens)
+
+    monkeypatch.setattr(type(model), "scores", counting)
+    one = Probed(model)
+    methods = [Prompted(one, kind) for kind in kinds]
+    for method, wanted in zip(methods, alone, strict=True):
+        for a, b in zip(method.scores([episode(), episode(2)]), wanted, strict=True):
+            assert a.log_probs == pytest.approx(b.log_probs, abs=1e-5)
+    assert len(calls) == 1
+    methods[0].scores([episode(2)])
+    assert len(calls) == 2
+
+
 @pytest.mark.parametrize("kind", ["contextual", "domain", "unconditional", "batch"])
 def test_calibration_is_deterministic_and_normalised(model: MarkupModel, kind: str) -> None:
-    method = Prompted(model, kind)  # type: ignore[arg-type]
-    first, second = method.scores([episode(), episode(2)]), method.scores([episode(), episode(2)])
+    one, other = (Prompted(Probed(model), kind) for _ in range(2))  # type: ignore[arg-type]
+    first, second = one.scores([episode(), episode(2)]), other.scores([episode(), episode(2)])
     for a, b in zip(first, second, strict=True):
         assert (a.log_probs == b.log_probs).all()
         assert np.exp(a.log_probs).sum(axis=1) == pytest.approx(1)
 
 
 def test_without_demonstrations_they_have_no_influence(model: MarkupModel) -> None:
-    method = Prompted(model, shows_demos=False)
+    method = Prompted(Probed(model), shows_demos=False)
     bare = replace(episode(), demos=())
     assert method.scores([episode()])[0].log_probs == pytest.approx(method.scores([bare])[0].log_probs)
 
@@ -75,11 +96,11 @@ def test_without_demonstrations_they_have_no_influence(model: MarkupModel) -> No
 def test_the_option_none_can_be_left_out(model: MarkupModel) -> None:
     opened = episode(open_world=True)
     opened = replace(opened, queries=(*opened.queries, Query("sing a song", 3)))
-    (offered,) = Prompted(model).scores([opened])
-    (closed,) = Prompted(model, offers_none=False).scores([opened])
+    (offered,) = Prompted(Probed(model)).scores([opened])
+    (closed,) = Prompted(Probed(model), offers_none=False).scores([opened])
     assert np.isfinite(offered.log_probs).all()
     assert (closed.log_probs[:, -1] == -np.inf).all()
-    assert closed.log_probs[:3, :3] == pytest.approx(Prompted(model).scores([episode()])[0].log_probs, abs=1e-5)
+    assert closed.log_probs[:3, :3] == pytest.approx(Prompted(Probed(model)).scores([episode()])[0].log_probs, abs=1e-5)
     assert closed.out_of_scope == pytest.approx(-closed.log_probs.max(axis=1))
     p = softmax(offered.log_probs, axis=1)[:, -1]
     assert offered.out_of_scope == pytest.approx(np.log(p / (1 - p)), abs=1e-6)
