@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
@@ -172,15 +172,25 @@ class _Chain:
             bar.update()
 
     def select(self, tasks: Sequence[Task], progress: bool) -> dict[str, list[Cell]]:
-        """Measure wordings on the selection tasks, whose best then has rows of its own."""
-        plain = [v for v in self.variants if v.method == "plain"]
+        """Measure on the selection tasks what is chosen there: wordings, and calibrations of any method."""
+        among: dict[str, list[Variant]] = {}
+        for variant in self.variants:
+            among.setdefault(variant.base, []).append(variant)
+        chosen = [
+            variant
+            for variants in among.values()
+            for variant in variants
+            if (variants[0].config.name == "plain" and len(variants) > 1)
+            or len({one.config.calibration for one in variants}) > 1
+        ]
         selected: dict[str, list[Cell]] = {}
-        if len(plain) < 2:
+        if not chosen:
             return selected
-        for task in tqdm(tasks, desc="choosing the best wording", unit="task", disable=None if progress else True):
+        setting = replace(SELECTION, episodes=self.config.selection_episodes)
+        for task in tqdm(tasks, desc="choosing wordings", unit="task", disable=None if progress else True):
             drawn: dict[str, list[Episode]] = {}
-            for variant in plain:
-                cell = self._cell(variant, task, SELECTION, 1, "train", drawn)
+            for variant in chosen:
+                cell = self._cell(variant, task, setting, 1, "train", drawn)
                 selected.setdefault(variant.identity, []).append(cell)
         return selected
 

@@ -168,7 +168,11 @@ class ExperimentConfig:
     """The settings to measure in."""
 
     selection_tasks: list[TaskSource] = field(default_factory=list)
-    """Tasks of the warm-up side on which the best of several wordings is chosen (5-way 1-shot)."""
+    """Tasks of the warm-up side on which the best of several wordings, and of a method's calibrations, is chosen (5-way
+    1-shot)."""
+
+    selection_episodes: int | None = None
+    """Episodes of each of these; null: `episodes`."""
 
     threshold_task: TaskSource | None = None
     """In an open world: the task whose validation split chooses the threshold for tasks that have none."""
@@ -220,4 +224,5 @@ class ExperimentConfig:
     """Changes that `--fast` makes: a smoke test of a few minutes. Keys may lead into the configuration with dots."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "episodes", "queries", "batch_tokens")
+        chosen_on = () if self.selection_episodes is None else ("selection_episodes",)
+        require_positive(self, "episodes", "queries", "batch_tokens", *chosen_on)

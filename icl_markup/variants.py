@@ -61,6 +61,11 @@ class Variant:
     make: Callable[[], Method]
     config: MethodConfig
 
+    @property
+    def base(self) -> str:
+        """The method's name in rows without its calibration."""
+        return self.config.name_in_rows or self.config.name
+
 
 def variants(config: ExperimentConfig, backbone: Backbone, encoder: Callable[[], SentenceEncoder]) -> Iterator[Variant]:
     """Yield every variant of every method; warm-ups that a method names are run first, unless they were.
