@@ -26,6 +26,7 @@ from icl_markup.files import remove_leftovers, reported
 from icl_markup.lock import only_run
 from icl_markup.measured import Measured
 from icl_markup.method import EpisodeScores, Method
+from icl_markup.pooled import pooled_rows
 from icl_markup.processes import Processes
 from icl_markup.readers import TaskSource, read_task
 from icl_markup.results import provenance, write_rows
@@ -104,11 +105,18 @@ def _run(config: ExperimentConfig, command: str, output: Path, progress: bool, h
     plan = [(s, t) for s, t in product(config.settings, tasks) if s.tasks is None or t.name in s.tasks]
     total = sum(len(chain.wanted(setting)) for setting, _ in plan) * len(config.seeds)
     rows: list[dict[str, Any]] = []
+    seen: list[Measured] = []
     part = output.with_name(output.name + ".part")
     with tqdm(total=total, desc="cells", unit="cell", disable=not progress) as bar:
         for setting, task in plan:
             measured = [one for seed in config.seeds for one in chain.measure(task, setting, seed, bar)]
             rows = here.from_main(partial(_so_far, part, rows, measured, selected, config, command))
+            seen += measured
+    for setting in config.settings:
+        rows += here.from_main(
+            partial(pooled_rows, [one for one in seen if one.setting is setting], selected, config, command)
+        )
+    rows = corrected(rows)
     here.from_main(partial(_finished, output, part, rows))
     return rows
 

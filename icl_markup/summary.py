@@ -42,7 +42,7 @@ def summarise(
     groups = grouped(measured)
     rows: list[Row] = []
     for group in groups:
-        common = _common(group, config, command)
+        common = common_of(group, config, command)
         rows += _accuracies(group, common, selected)
         if group.method != "chance" and group.setting.vary == "nothing" and not group.setting.open_world:
             rows += _calibration_errors(group, common)
@@ -75,7 +75,8 @@ def _family(row: Row) -> tuple[Any, ...]:
     return tuple(row[key] for key in ("n_way", "k_shot", "retrieval", "open_world"))
 
 
-def _common(group: Group, config: ExperimentConfig, command: str) -> Row:
+def common_of(group: Group, config: ExperimentConfig, command: str) -> Row:
+    """Return what all rows of a group share."""
     first = next(iter(group.variants.values()))
     setting, facts = group.setting, first[0].cell.facts
     retrieval = setting.retrieval if first[0].variant.prompted else None
@@ -245,7 +246,7 @@ def _comparisons(groups: Sequence[Group], config: ExperimentConfig, command: str
     if reference is None or reference.setting.vary != "nothing":
         return
     ours, episodes = reference.correct(), reference.units
-    place = _common(reference, config, command)
+    place = common_of(reference, config, command)
     for group in groups:
         if group is reference or group.method == "chance":
             continue
@@ -257,7 +258,7 @@ def _comparisons(groups: Sequence[Group], config: ExperimentConfig, command: str
         result = compare(ours[:, :count], theirs, episodes[:count])
         yield {
             "kind": "comparison",
-            **_common(group, config, command),
+            **common_of(group, config, command),
             **{key: place[key] for key in ("backbone", "retrieval")},
             "template": reference.named("mean" if len(ours) > 1 else next(iter(reference.variants))),
             "method": config.reference,

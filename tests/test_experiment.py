@@ -131,6 +131,43 @@ def test_every_method_gets_rows_and_a_second_run_measures_nothing(
     assert run_experiment(config, "the command", progress=False) == rows
 
 
+def test_tasks_are_pooled_with_the_calibration_that_validation_chooses(workplace: Path) -> None:
+    wordings = ["plain_letters_multiple_choice", "plain_letters_input_category"]
+    (workplace / "pooled.yaml").write_text(yaml.safe_dump({
+        "experiment": "pooled",
+        "backbone": {"name": "model", "device": "cpu", "precision": "none"},
+        "tasks": [{"path": "task", "name": name} for name in ("one", "two")],
+        "selection_tasks": [{"path": "task", "name": "selection"}],
+        "selection_episodes": 2,
+        "episodes": 4,
+        "queries": 3,
+        "output": "pooled.jsonl",
+        "settings": [{"n_way": 3, "k_shot": 1}],
+        "reference": "tags_untrained",
+        "methods": [
+            {"name": "chance"},
+            *({"name": "plain", "calibration": one, "templates": wordings} for one in ("none", "contextual")),
+            *({"name": "tags_untrained", "calibration": one} for one in ("none", "contextual")),
+        ],
+    }))  # fmt: skip
+    rows = run_experiment(load_experiment("pooled.yaml"), "the command", progress=False)
+    parts = of(rows, kind="measure", metric="accuracy")
+    pooled = {row["template"]: row for row in of(parts, task="all 2 tasks")}
+    assert set(pooled) == {"mean", "best on validation", "markup_letters"}
+    cells = [Cell.load(path) for path in (workplace / "runs" / "cells").iterdir()]
+    chosen_on = [cell for cell in cells if cell.facts["task"] == "selection"]
+    assert len(chosen_on) == 6
+    assert all(int(cell.episodes.max()) == 1 for cell in chosen_on)
+    suffix = {"none": "", "contextual": " + contextual calibration"}
+    for label, row in pooled.items():
+        assert (row["episodes"], row["queries"]) == (8, 24)
+        method = row["method"] + suffix[row["calibration"]]
+        same = [one for one in parts if one["method"] == method and one["template"] == row.get("wording", label)]
+        assert row["accuracy"] == pytest.approx(np.mean([one["accuracy"] for one in same if one is not row]), abs=1e-5)
+    against = {row["against"].split(" (")[1].split(",")[0] for row in of(rows, kind="comparison", task="all 2 tasks")}
+    assert against == {"mean", "best on validation"}
+
+
 def test_an_interrupted_run_keeps_its_cells_and_ends_with_the_same_rows(
     workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
