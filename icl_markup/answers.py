@@ -40,6 +40,11 @@ def default_answers(kind: Kind, parameters: int) -> Answers:
     return "symbols" if kind == "causal" and parameters >= BINDS_LETTERS else "names"
 
 
+def default_wording(answers: Answers) -> str:
+    """Return the name of the template in plain words that stands in for the default markup where nothing is chosen."""
+    return "plain_letters_text_label" if answers == "symbols" else "plain_words_text_label"
+
+
 def default_template(answers: Answers) -> str:
     """Return the name of the default markup that goes with these answers."""
     return "markup_letters" if answers == "symbols" else "markup_words"

@@ -21,6 +21,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 
+from icl_markup.answers import AUTO, default_answers, default_wording
 from icl_markup.backbone import Backbone
 from icl_markup.chat import NO_CHAT
 from icl_markup.checkpoint import Progress, drop_checkpoint, has_checkpoint, load_checkpoint, save_checkpoint
@@ -86,10 +87,11 @@ def run_metaicl(
             tags, the backbone is split over processes, or the loss is not finite.
         MarkupError: the backbone, the template or a task cannot be used.
     """
-    template = Template.load(config.template)
-    if not template.is_plain:
-        raise WarmupError(f"template {template.name!r} has tags, which MetaICL does not train; take one in plain words")
+    if config.template != AUTO:
+        _plain(config.template)  # before a backbone is loaded
     backbone = backbone or Backbone.load(config.backbone)
+    answers = default_answers(backbone.kind, backbone.parameters) if config.answers == "auto" else config.answers
+    template = _plain(default_wording(answers) if config.template == AUTO else config.template)
     check_whole(backbone)
     tasks = tasks if tasks is not None else [read_task(source) for source in config.tasks]
     validation_tasks = (
@@ -122,6 +124,13 @@ def run_metaicl(
         save_trainee(run.trainee, run.model, folder, {**identity, "summary": summary})
         drop_checkpoint(out)
     return MetaIclResult(run.model, folder, run.trainee.count, summary)
+
+
+def _plain(name: str) -> Template:
+    template = Template.load(name)
+    if not template.is_plain:
+        raise WarmupError(f"template {template.name!r} has tags, which MetaICL does not train; take one in plain words")
+    return template
 
 
 class _Run:

@@ -66,8 +66,9 @@ class MetaIclConfig:
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     """The language model that a copy of is trained."""
 
-    template: str = "plain_letters_text_label"
-    """The name or path of a template in plain words."""
+    template: str = "auto"
+    """The name or path of a template in plain words; auto: the one of text and label, in words or with letters, as tags
+    of the backbone answer by default."""
 
     answers: AnswersChoice = "auto"
     """Read option symbols at the slot, or score whole label names; auto: what the template shows."""

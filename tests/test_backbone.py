@@ -215,3 +215,14 @@ def test_batches_stay_within_the_token_budget_and_hold_every_item_once() -> None
     batches = cut_by_length(lengths, 40)
     assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
     assert all(len(b) == 1 or max(lengths[i] for i in b) * len(b) <= 40 for b in batches)
+
+
+@pytest.mark.parametrize("has_tiles", [False, True])
+def test_a_cpu_computes_in_bf16_by_default_only_where_that_is_faster(
+    has_tiles: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tiny_backbone("llama")
+    source.model.save_pretrained(tmp_path)
+    source.tokenizer.save_pretrained(tmp_path)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_tiles, raising=False)
+    assert Backbone.load(BackboneConfig(str(tmp_path), device="cpu")).precision == ("bf16" if has_tiles else "none")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors.torch import load_file
 
 from icl_markup import evaluation
 from icl_markup import metaicl as metaicl_module
+from icl_markup.answers import default_answers, default_wording
 from icl_markup.backbone import Backbone
 from icl_markup.config import load_config
 from icl_markup.episodes import Episode, EpisodeConfig, EpisodeSampler
@@ -58,7 +58,14 @@ def answers(model: MarkupModel) -> torch.Tensor:
 
 
 def plain(backbone: Backbone) -> torch.Tensor:
-    return answers(MarkupModel(backbone, "plain_letters_text_label"))
+    return answers(MarkupModel(backbone, default_wording(default_answers(backbone.kind, backbone.parameters))))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_trains_in_words_where_tags_answer_in_words(kind: str, tmp_path: Path) -> None:
+    trained = train(tmp_path, kind, method="lora").model
+    assert trained.answers == MarkupModel(tiny_backbone(kind)).answers
+    assert trained.template.name == (default_wording(trained.answers))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -79,7 +86,8 @@ def test_the_backbone_stays_bit_identical_while_its_copy_learns(
 @pytest.mark.parametrize("method", METHODS)
 def test_a_copy_answers_as_the_backbone_does_before_it_is_trained(backbone: Backbone, method: str) -> None:
     trainee = Trainee.of(backbone, replace(CONFIG, method=method))
-    assert torch.equal(plain(trainee.backbone), plain(backbone))
+    # Where every weight is trained, the normalizer of a name is computed with its gradient: equal to rounding.
+    assert torch.allclose(plain(trainee.backbone), plain(backbone), rtol=1e-5)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -126,10 +134,7 @@ def test_every_weight_is_counted_and_moves_in_full_finetuning(kind: str, tmp_pat
     result = train(tmp_path, backbone=backbone, method="full_finetuning")
     assert result.parameters == sum(p.numel() for p in before.values()) == result.summary["trained parameters"]
     after = dict(result.model.backbone.model.named_parameters())
-    still = {name for name, value in before.items() if torch.equal(after[name], value)}
-    # Attention of T5's decoder over its one token is 1 whatever these are; the others are used, and so must move.
-    idle = {n for n in before if n.startswith("decoder") and re.search(r"SelfAttention\.(q|k|relative)", n)}
-    assert still == idle
+    assert not {name for name, value in before.items() if torch.equal(after[name], value)}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -312,7 +317,8 @@ def test_the_episodes_are_those_of_a_warm_up_of_tags(tmp_path: Path, monkeypatch
 def test_the_loss_falls_on_a_planted_regularity(method: str, kind: str, rate: float, tmp_path: Path) -> None:
     always_none = EpisodeConfig(n_way=(2, 2), k_shot=(0, 0), none_option=1.0, out_of_scope=1.0)
     plan = OptimiserConfig(steps=16, warmup_steps=1, batch_tokens=400, window=16)
-    train(tmp_path, kind, method=method, learning_rate=rate, episodes=always_none, optimiser=plan)
+    letters = "plain_letters_text_label"
+    train(tmp_path, kind, method=method, learning_rate=rate, episodes=always_none, optimiser=plan, template=letters)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert rows[0]["loss"] > 0.9
     assert rows[-1]["loss"] < 0.6  # the random head's rows are short: with LoRA it stays, and bounds the logits
