@@ -158,7 +158,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add_tag_commands(commands)
 
-    add_export_commands(commands, _add_episode)
+    add_export_commands(commands)
 
     add_models(commands)
 

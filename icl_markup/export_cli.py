@@ -1,27 +1,21 @@
-"""The commands that take tags to other tools and back: ``export``, ``import-peft`` and ``payload``."""
+"""The commands that take tags to other tools and back: ``export`` and ``import-peft``."""
 
 from __future__ import annotations
 
 import argparse
-import json
-from dataclasses import replace
 from typing import Any
 
 from icl_markup.backbone import Backbone
-from icl_markup.episodes import Query
-from icl_markup.errors import ExportError
 from icl_markup.loading import BackboneConfig
 
 _EXPORT = """Write warmed-up tags for other tools. merged: a plain transformers checkpoint in which tags are ordinary
 tokens. peft: a TRAINABLE_TOKENS adapter. What is written is loaded again and its logits are compared with ours; where
 they differ nothing is left behind."""
 _IMPORT = "Make a tag folder of a TRAINABLE_TOKENS adapter of PEFT."
-_PAYLOAD = """Write requests to serving engines as JSON lines: with --tags for a server that holds the bare backbone
-(vLLM's prompt embeddings, SGLang's embedding overrides), with --merged for one that holds a merged checkpoint."""
 
 
-def add_commands(commands: Any, add_episode: Any) -> None:
-    """Declare the commands; `add_episode` declares the options that build an episode."""
+def add_commands(commands: Any) -> None:
+    """Declare the commands."""
     export = commands.add_parser("export", help="write tags for other tools", description=_EXPORT)
     export.add_argument("--tags", required=True, help="the tag folder")
     export.add_argument("--to", required=True, choices=["merged", "peft"], help="the format")
@@ -41,18 +35,6 @@ def add_commands(commands: Any, add_episode: Any) -> None:
     back.add_argument("--tag", action="append", default=[], metavar="'<NAME>=ID,ID'", help=named)
     back.add_argument("--device", default="auto", help="cpu, cuda, mps …")
     back.set_defaults(run=_import)
-
-    payload = commands.add_parser("payload", help="write requests to vLLM or SGLang", description=_PAYLOAD)
-    payload.add_argument("--for", dest="engine", required=True, choices=["vllm", "sglang"], help="the engine")
-    payload.add_argument("--tags", help="a tag folder; the server holds the bare backbone")
-    payload.add_argument("--merged", help="a merged checkpoint, which the server holds")
-    payload.add_argument("--name", required=True, help="the model's name at the server")
-    payload.add_argument("--backbone", help="the backbone's folder or hub name (default: the tags')")
-    payload.add_argument("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="its weights' type")
-    payload.add_argument("--device", default="auto", help="cpu, cuda, mps …")
-    add_episode(payload)
-    payload.add_argument("texts", nargs="+", metavar="text", help="the texts to classify; write -- before the first")
-    payload.set_defaults(run=_payload)
 
 
 def _model(args: argparse.Namespace) -> Any:
@@ -89,32 +71,3 @@ def _import(args: argparse.Namespace, _overrides: list[str]) -> None:
     backbone = Backbone.load(BackboneConfig(args.backbone, device=args.device))
     model = import_peft(args.adapter, backbone, args.template, names)
     print(f"tags: {model.save(args.out, {'imported_from': 'PEFT TRAINABLE_TOKENS'})}")
-
-
-def _payload(args: argparse.Namespace, _overrides: list[str]) -> None:
-    from icl_markup import export_payloads as payloads
-    from icl_markup.exported import Exported
-    from icl_markup.serving import task_episode
-
-    if bool(args.tags) == bool(args.merged):
-        raise ExportError("give either --tags (the server holds the bare backbone) or --merged (a merged checkpoint)")
-    asked = replace(task_episode(args), queries=tuple(Query(text) for text in args.texts))
-    bodies: list[dict[str, Any]]
-    if args.merged:
-        exported = Exported.load(args.merged)
-        if exported.kind != "causal":
-            raise ExportError(f"{args.merged}: vLLM and SGLang score causal models; this is a {exported.kind} one")
-        prompts = exported.prompts(asked)
-        if args.engine == "vllm":
-            bodies = [payloads.vllm_ids_request(prompt, args.name) for prompt in prompts]
-        else:
-            bodies = [payloads.sglang_ids_request(prompts, args.name)]
-    else:
-        model = _model(args)
-        prompts = model.markup.compose_each(asked)
-        if args.engine == "vllm":
-            bodies = [payloads.vllm_embeds_request(model, prompt, args.name) for prompt in prompts]
-        else:
-            bodies = [payloads.sglang_score_request(model, prompts, args.name)]
-    for body in bodies:
-        print(json.dumps(body))

@@ -58,7 +58,7 @@ def export_merged(model: MarkupModel, folder: str | Path) -> Merged:
             what was written does not encode, or does not answer, as the live model does.
     """
     folder = Path(folder)
-    check_exportable(model, "merged")
+    check_exportable(model)
     check_target(folder)
     assert model.table is not None
     backbone = model.backbone

@@ -51,7 +51,7 @@ def export_peft(model: MarkupModel, folder: str | Path) -> Agreement:
             written does not answer as the live model does.
     """
     folder = Path(folder)
-    check_exportable(model, "peft")
+    check_exportable(model)
     check_target(folder)
     assert model.table is not None
     backbone = model.backbone

@@ -5,33 +5,23 @@ What passes here is still compared with the live model once it is written (`icl_
 
 from __future__ import annotations
 
-from typing import Literal
-
 from icl_markup.backbone import Backbone
 from icl_markup.errors import ExportError
 from icl_markup.loading import DTYPES
 from icl_markup.model import MarkupModel
 
-Form = Literal["merged", "peft", "vectors"]
-"""A merged checkpoint, a PEFT adapter, or embeddings in the requests to an engine that holds the bare backbone."""
 
-
-def check_exportable(model: MarkupModel, form: Form) -> None:
-    """Check that a model's tags can be given away in a form.
+def check_exportable(model: MarkupModel) -> None:
+    """Check that a model's tags can be written as a merged checkpoint or a PEFT adapter.
 
     Raises:
-        ExportError: it has no tags; or, as a checkpoint or adapter, its weights are quantised or of a type that is
-            not written; or, as vectors, it is not causal, or its embedding multiplies the rows of its table, as
-            Gemma's and BART's do.
+        ExportError: it has no tags, or its weights are quantised or of a type that is not written.
     """
     backbone = model.backbone
     if model.table is None:
         raise ExportError(
             f"template {model.template.name!r} has no tags to export: its prompts are plain text for any engine"
         )
-    if form == "vectors":
-        _check_vectors(backbone)
-        return
     if getattr(backbone.model, "is_quantized", False):
         raise ExportError(
             f"backbone {backbone.name!r} is quantised; export the tags with the model that it was made from "
@@ -49,17 +39,3 @@ def embedding_scale(backbone: Backbone) -> float:
     soft tokens as to any others, here and in every engine.
     """
     return float(getattr(backbone.embedding, "embed_scale", 1.0))
-
-
-def _check_vectors(backbone: Backbone) -> None:
-    if backbone.kind != "causal":
-        raise ExportError(
-            f"vLLM and SGLang score causal models; {backbone.name!r} is a {backbone.kind} one: ask it through "
-            "transformers, from a merged checkpoint"
-        )
-    if embedding_scale(backbone) != 1.0:
-        # vLLM's Gemma 2 multiplies the embeddings that it is given, its Gemma 3 and transformers do not.
-        raise ExportError(
-            f"{type(backbone.model).__name__} scales its embeddings, and engines differ in whether they scale those "
-            "that they are given; export a merged checkpoint"
-        )

@@ -20,17 +20,17 @@ _GROUPS = {
     " decoding normalizer names priors model scoring sharing packing prefixes exactness backbone_checks"
     " attention_kernels blocked_attention attention_gradients devices",
     "Warm-up": "warmup warmup_config start stream optimisation activations beginnings casts norms preparation"
-    " checkpoint run_folder lock files processes sharded zero",
+    " checkpoint run_folder lock files processes sharded",
     "Planning": "plan plan_cli study skeleton ledger workload replay accelerators",
     "Tag folders": "tagfile fingerprint sketches card hub push compose composition ancestry zoo tag_commands",
-    "Tags in other tools": "export_merged export_peft import_peft export_payloads placement merging exported"
+    "Tags in other tools": "export_merged export_peft import_peft placement merging exported"
     " export_check export_cli exportable",
     "Looking inside": "inspection understand tag_geometry tag_report tag_plots attention attention_plots",
     "Classifier": "classifier classifier_input classifier_file shared asking retrievers selection calibration",
     "Server": "serve server server_bodies server_guard server_metrics server_process microbatch intents",
     "Commands and errors": "cli models_cli quiet config fit predict output serving quickstart embedded errors",
     "Experiments": "experiment experiment_config drawing cells method variants prompted retrieval metaicl"
-    " metaicl_config metaicl_model baselines setfit_method sentences measured summary open_world results",
+    " metaicl_config metaicl_model baselines setfit_method sentences measured summary pooled open_world results",
     "Statistics": "evaluation statistics out_of_scope",
     "Report": "report report_rows report_grid results_page tables figures plots plots_against plots_detail plot_style"
     " markdown",

@@ -171,7 +171,6 @@ def helps() -> str:
             "push",
             "export",
             "import-peft",
-            "payload",
             "models",
         ):
             with contextlib.suppress(SystemExit):

@@ -12,7 +12,6 @@ import transformers
 from icl_markup.chat import ChatConfig
 from icl_markup.episodes import Query
 from icl_markup.export_merged import export_merged
-from icl_markup.export_payloads import vllm_ids_request
 from icl_markup.export_peft import export_peft
 from icl_markup.exported import Exported
 from icl_markup.import_peft import import_peft
@@ -34,9 +33,8 @@ def test_exports_of_tags_in_a_chat_ask_in_that_chat(name: str, system: str, tmp_
     prompts = exported.prompts(EPISODE, QUERIES)
     for prompt, ours, live in zip(prompts, model.markup.compose_each(ASKED), model.scores([ASKED])[0], strict=True):
         assert prompt.ids == tuple(exported.placement.moved(ours.ids))
-        body = vllm_ids_request(prompt, "x")
         with torch.inference_mode():
-            found = engine(torch.tensor([body["prompt"]])).logits[0, -1, body["allowed_token_ids"]]
+            found = engine(torch.tensor([prompt.ids])).logits[0, -1, list(prompt.slots[-1].candidates)]
         torch.testing.assert_close(found, live.scores, rtol=1e-4, atol=1e-4)
     if merged.text_prompts:
         text = exported.text(prompts[0])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -49,33 +48,17 @@ def test_tags_travel_to_peft_and_back(workplace: MarkupModel, capsys: pytest.Cap
     assert after.backbone == before.backbone
 
 
-def test_a_merged_checkpoint_and_requests_for_it(workplace: MarkupModel, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_merged_checkpoint_says_how_to_ask_it(workplace: MarkupModel, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", "--tags", "tags", "--to", "merged", "--out", "merged"]) == 0
     said = capsys.readouterr().out
     assert "an embedding resized to 430 rows" in said
     assert "prompts: text or token ids" in said
-    tags = set(Exported.load("merged").placement.all_ids)
-
-    def lines(*arguments: str) -> list[dict]:
-        assert main(["payload", "--name", "m", *arguments, *ASKED]) == 0
-        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-
-    for body in lines("--for", "vllm", "--merged", "merged"):
-        assert tags & set(body["prompt"])
-    (scores,) = lines("--for", "sglang", "--merged", "merged")
-    assert len(scores["items"]) == 2
-    assert [set(body) & {"prompt", "prompt_embeds"} for body in lines("--for", "vllm", "--tags", "tags")] == [
-        {"prompt_embeds"}
-    ] * 2
-    (overrides,) = lines("--for", "sglang", "--tags", "tags")
-    assert len(overrides["item_embed_overrides"]) == 2
+    assert len(Exported.load("merged").placement.all_ids) > 5
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["payload", "--for", "vllm", "--name", "m", *ASKED], "either --tags"),
-        (["payload", "--for", "vllm", "--name", "m", "--merged", "nowhere", *ASKED], "is this an exported folder"),
         (["export", "--tags", "nowhere", "--to", "peft", "--out", "x"], "nowhere: there is no such folder"),
         (["export", "--tags", "tags", "--to", "merged", "--out", "model"], "holds other files"),
         (["import-peft", "nowhere", "--backbone", "model", "--out", "x"], "folder of a PEFT adapter"),

@@ -14,13 +14,11 @@ from icl_markup.backbone import Backbone
 from icl_markup.episodes import Query
 from icl_markup.errors import BackboneError, ExportError
 from icl_markup.export_merged import export_merged
-from icl_markup.export_payloads import prompt_embeds, sglang_score_request, vllm_embeds_request
 from icl_markup.export_peft import export_peft
 from icl_markup.exportable import check_exportable, embedding_scale
 from icl_markup.exported import Exported
 from icl_markup.import_peft import import_peft
 from icl_markup.model import MarkupModel
-from icl_markup.prompt import Prompt
 from tests.conftest import byte_level_tokenizer, tiny_backbone
 from tests.test_export_merged import EPISODE, QUERIES, tied_llama, warmed
 from tests.test_export_peft import as_the_card_says
@@ -128,29 +126,6 @@ def test_a_bart_keeps_its_head_tied_and_cannot_generate_a_tag(tmp_path: Path) ->
     assert logits.softmax(-1)[..., tags].max() == 0
 
 
-@pytest.mark.parametrize("which", SCALED)
-def test_vectors_of_an_embedding_that_scales_are_refused(which: str) -> None:
-    model = warmed(SCALED[which]())
-    (prompt,) = _prompts(model)
-    for request in (
-        lambda: prompt_embeds(model, prompt),
-        lambda: vllm_embeds_request(model, prompt, "x"),
-        lambda: sglang_score_request(model, [prompt], "x"),
-    ):
-        with pytest.raises(ExportError, match=r"scales its embeddings.*merged checkpoint"):
-            request()
-
-
-def test_vectors_for_granite_are_those_before_its_multiplier() -> None:
-    """As transformers, vLLM and SGLang do: each multiplies what it is given."""
-    model = warmed(OTHERS["granite"]())
-    (prompt,) = _prompts(model)
-    with torch.inference_mode():
-        logits = model.backbone.model(inputs_embeds=prompt_embeds(model, prompt)[None]).logits[0, -1]
-    (live,) = model.scores([replace(EPISODE, queries=(Query(QUERIES[0]),))])[0]
-    torch.testing.assert_close(logits[list(prompt.slots[-1].candidates)], live.scores, rtol=1e-4, atol=1e-5)
-
-
 def test_a_model_that_looks_ids_up_in_every_layer_takes_no_tags_but_plain_words() -> None:
     per_layer = {"vocab_size_per_layer_input": 420, "hidden_size_per_layer_input": 8}
     backbone = decoder("Gemma4", layer_types=LAYERS, **per_layer, num_kv_shared_layers=0, global_head_dim=8)
@@ -169,26 +144,17 @@ def test_what_cannot_be_written_is_refused_before_or_after_and_never_left_behind
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
     double = tied_llama()
     double.model.double()
-    for form in ("merged", "peft"):
-        with pytest.raises(ExportError, match=r"float64 are not exported.*bf16"):
-            check_exportable(warmed(double), form)
-        with pytest.raises(ExportError, match="has no tags"):
-            check_exportable(MarkupModel(tiny_backbone("bert"), "plain_letters_multiple_choice"), form)
-    with pytest.raises(ExportError, match="score causal models"):
-        check_exportable(warmed(tiny_backbone("t5")), "vectors")
+    with pytest.raises(ExportError, match=r"float64 are not exported.*bf16"):
+        check_exportable(warmed(double))
+    with pytest.raises(ExportError, match="has no tags"):
+        check_exportable(MarkupModel(tiny_backbone("bert"), "plain_letters_multiple_choice"))
 
 
 def test_tags_of_a_quantised_backbone_are_exported_from_the_original(tmp_path: Path) -> None:
     needs("bitsandbytes-nf4")
     place = checkpoint(tmp_path, "llama")
     quantised = MarkupModel(load(place, "bitsandbytes-nf4"), seed=3)
-    for form in ("merged", "peft"):
-        with pytest.raises(ExportError, match="is quantised; export the tags with the model that it was made from"):
-            check_exportable(quantised, form)
-    check_exportable(quantised, "vectors")
+    with pytest.raises(ExportError, match="is quantised; export the tags with the model that it was made from"):
+        check_exportable(quantised)
     quantised.save(tmp_path / "tags")
     assert export_merged(MarkupModel.from_tags(tmp_path / "tags", load(place)), tmp_path / "merged").agreement.prompts
-
-
-def _prompts(model: MarkupModel) -> list[Prompt]:
-    return model.markup.compose_each(replace(EPISODE, queries=(Query(QUERIES[0]),)))
