@@ -8,7 +8,7 @@ say what a layer reads from, not what decides the answer (Jain & Wallace 2019, a
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from transformers import PreTrainedModel
 
-from icl_markup.attention_kernels import eager
 from icl_markup.batching import Batch
 from icl_markup.episodes import Episode
 from icl_markup.errors import BackboneError, PromptError
@@ -150,7 +150,7 @@ def _weights(model: MarkupModel, batch: Batch, position: int) -> Floats:
     tags = substituted(backbone.embedding, model.table) if model.table is not None else nullcontext()
     with (
         backbone.lock,  # the model's attention and its embedding are not its own meanwhile
-        eager(backbone.model),
+        _eager(backbone.model),
         tags,
         backbone.autocast(),
         torch.inference_mode(),
@@ -161,3 +161,22 @@ def _weights(model: MarkupModel, batch: Batch, position: int) -> Floats:
         raise BackboneError(f"{type(backbone.model).__name__} does not tell the attention of all of its layers")
     rows = [layer[0].float().mean(0).cpu()[position] for layer in layers]
     return np.asarray(torch.stack(rows).double().numpy())
+
+
+@contextmanager
+def _eager(model: PreTrainedModel) -> Iterator[None]:
+    """While active, a model's attention is computed step by step, so that it has weights to return.
+
+    Raises:
+        BackboneError: the model cannot change how it computes attention.
+    """
+    before = model.config._attn_implementation
+    try:
+        model.set_attn_implementation("eager")
+    except (ValueError, ImportError) as error:
+        reason = str(error).splitlines()[0]
+        raise BackboneError(f"{type(model).__name__} cannot compute attention by 'eager': {reason}") from error
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)

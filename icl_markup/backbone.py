@@ -21,11 +21,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache
 
 from icl_markup.activations import lean_activations, recomputes
-from icl_markup.attention_kernels import blocked, can_switch
 from icl_markup.backbone_checks import check_head, check_sees_nothing_ahead
 from icl_markup.batching import Batch
 from icl_markup.beginnings import beginning_length, computed, without_beginning
-from icl_markup.blocked_attention import rounded_up
 from icl_markup.devices import to_device
 from icl_markup.errors import BackboneError
 from icl_markup.exactness import Exactness, check_decoder, check_exactness
@@ -54,8 +52,6 @@ class Backbone:
         embedding: the module whose calls turn ids into vectors; in a sequence-to-sequence model the encoder's.
         max_length: the longest prompt in tokens.
         lock: held while the model runs: for that time its head and its embedding are not its own.
-        chooses_attention: whether attention may be computed by another implementation where that trains faster
-            (`icl_markup.attention_kernels`); false where a configuration names one.
         quantisation: how its linear layers are quantised; ``none`` where they are not.
 
     Raises:
@@ -72,7 +68,6 @@ class Backbone:
         revision: str | None = None,
         precision: Literal["none", "bf16", "fp16"] = "none",
         max_length: int | None = None,
-        chooses_attention: bool = True,
     ):
         self.model = model.eval().requires_grad_(False)
         self.lock = RLock()
@@ -81,7 +76,6 @@ class Backbone:
         self.name = name or str(getattr(model, "name_or_path", ""))
         self.revision = revision
         self.precision = precision
-        self.chooses_attention = chooses_attention
         self.encoder = TextEncoder(tokenizer)
         self.layout = Layout.of(tokenizer, kind)
         self.embedding: nn.Module = (
@@ -118,7 +112,6 @@ class Backbone:
             revision=loaded.revision,
             precision=loaded.precision,
             max_length=loaded.config.max_length,
-            chooses_attention=loaded.config.attention == "auto",
         )
         if loaded.config.gradient_checkpointing:
             checkpoint_gradients(loaded.model)
@@ -343,29 +336,9 @@ class Backbone:
         tags = substituted(self.embedding, table) if table is not None else nullcontext()
         is_trained = torch.is_grad_enabled() and not self._recomputes
         lean = lean_activations(self.model) if is_trained else nullcontext()
-        blocks: AbstractContextManager[None] = nullcontext()
-        mask = inputs.get("attention_mask")
-        if is_trained and self.trains_blocked and (mask is None or mask.ndim == 2):
-            blocks = blocked(self.model, mask)
-        with self.lock, tags, lean, blocks, self._head_bypassed() as kept, self.autocast():
+        with self.lock, tags, lean, self._head_bypassed() as kept, self.autocast():
             outputs = self.model(**inputs)
         return kept[0], outputs
-
-    def padded_length(self, length: int) -> int:
-        """Return to how many tokens prompts are padded that are trained on together, the longest of so many.
-
-        In bf16 on a CPU that is a multiple of `blocked_attention.MULTIPLE`; else no more than the longest needs.
-        """
-        if not self.trains_blocked:
-            return length
-        return max(length, min(rounded_up(length), self.max_length))
-
-    @property
-    def trains_blocked(self) -> bool:
-        """Whether attention is trained by blocks of scores (`icl_markup.blocked_attention`)."""
-        if not (self.chooses_attention and self.runs_on_cpu and can_switch(self.model)):
-            return False
-        return self.precision == "bf16" or next(self.model.parameters()).dtype == torch.bfloat16
 
     @property
     def _recomputes(self) -> bool:

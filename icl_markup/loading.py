@@ -57,8 +57,7 @@ class BackboneConfig:
     """cpu, cuda, cuda:1, mps …; auto takes the best that is there."""
 
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
-    """The attention implementation; auto is that of transformers (sdpa where a model has it); gradients in bf16 on a
-    CPU are then computed in blocks, which is faster."""
+    """The attention implementation; auto is that of transformers (sdpa where a model has it)."""
 
     max_length: int | None = None
     """The longest prompt in tokens; null: the model's own limit."""

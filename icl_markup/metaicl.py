@@ -37,7 +37,7 @@ from icl_markup.metaicl_model import DETAILS, Trainee, check_whole, load_metaicl
 from icl_markup.model import MarkupModel
 from icl_markup.readers import read_task, without_storage
 from icl_markup.run_folder import METRICS, open_output, writing
-from icl_markup.stream import Position, PromptStream, Step, check_padding, prompts_of
+from icl_markup.stream import Position, PromptStream, Step, prompts_of
 from icl_markup.tasks import Task
 from icl_markup.template import Template
 
@@ -165,7 +165,6 @@ class _Run:
             window=plan.window,
             batch_tokens=plan.batch_tokens,
             batches_per_step=plan.batches_per_step,
-            padded_length=twin.padded_length,
             tokens=self.model.tokens_of,
         )
         self.optimizer = torch.optim.AdamW(self.trainee.weights, lr=config.peak_rate, weight_decay=config.weight_decay)
@@ -234,7 +233,6 @@ class _Run:
         if has_checkpoint(self.out):
             now, best, self.progress, before = load_checkpoint(self.out, self.optimizer)
             _refuse_another(self.out, self.identity, before)
-            check_padding(self.out, before.get("padding", 1), self._padding)
             self.trainee.restore(now)
             self.best = best if self.validation else None
             self.scheduler.load_state_dict({**self.scheduler.state_dict(), **self.progress.schedule})
@@ -243,11 +241,6 @@ class _Run:
             if self.progress.loss_scale:
                 self.scaler.load_state_dict(self.progress.loss_scale)
         open_output(self.out, self.config, self.progress.step)
-
-    @property
-    def _padding(self) -> int:
-        """To a multiple of how many tokens prompts are padded."""
-        return self.trainee.backbone.padded_length(1)
 
     def _step(self, step: Step) -> dict[str, Any]:
         all_slots = self.config.supervise == "all"
@@ -261,7 +254,7 @@ class _Run:
             self.scaler.scale(loss).backward()
             loss_sum += float(loss.detach())
             right += int((terms.scores.argmax(-1) == terms.targets).sum())
-            positions += self.trainee.backbone.padded_length(max(item.tokens for item in batch)) * len(batch)
+            positions += max(item.tokens for item in batch) * len(batch)
         if not math.isfinite(loss_sum):
             self._fail_on("loss", loss_sum)
         self.scaler.unscale_(self.optimizer)
@@ -329,8 +322,7 @@ class _Run:
         now = self.trainee.vector()
         best = now[:0] if self.best is None else self.best
         with writing(self.out):
-            identity = {**self.identity, "padding": self._padding}
-            save_checkpoint(self.out, now, best, self.optimizer, self.progress, identity)
+            save_checkpoint(self.out, now, best, self.optimizer, self.progress, self.identity)
 
 
 def _refuse_another(where: Path, mine: dict[str, Any], theirs: dict[str, Any]) -> None:

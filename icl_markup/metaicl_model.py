@@ -239,7 +239,6 @@ def _wrapped(model: PreTrainedModel, backbone: Backbone, precision: Literal["non
         revision=backbone.revision,
         precision=precision,
         max_length=backbone.max_length,
-        chooses_attention=backbone.chooses_attention,
     )
     twin.layout = backbone.layout
     return twin

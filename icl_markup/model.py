@@ -243,10 +243,7 @@ class MarkupModel:
             right = means.gather(1, targets.clamp(min=0)[:, None])[:, 0]
             scores = means if self.length_normalised else found.sums
             return SlotScores(scores, targets, torch.ones_like(targets, dtype=torch.bool), right)
-        length = max(len(prompt.ids) for prompt in prompts)
-        if torch.is_grad_enabled():
-            length = self.backbone.padded_length(length)
-        batch = Batch.of_prompts(prompts, self.pad_id, all_slots=all_slots, length=length)
+        batch = Batch.of_prompts(prompts, self.pad_id, all_slots=all_slots)
         scores = self.backbone.candidate_logits(batch, self.table)
         return SlotScores(scores, to_device(batch.targets, scores.device), batch.is_query)
 

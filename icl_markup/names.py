@@ -128,8 +128,6 @@ def _branched(backbone: Backbone, groups: Sequence[Sequence[_Query]], table: Tag
     written = [branched_prompts([q.prompt for q in group], [q.names for q in group]) for group in groups]
     sequences = [one.sequence for one in written]
     longest = max(len(sequence.ids) for sequence in sequences)
-    if torch.is_grad_enabled():
-        longest = backbone.padded_length(longest)
     positions, visible = stacked(sequences, longest)
     places: dict[tuple[int, int], int] = {}
     reads = [
@@ -156,9 +154,6 @@ def _decoded(backbone: Backbone, queries: Sequence[_Query], table: TagTable | No
         [],
         torch.zeros(0, 1, dtype=torch.long),
         pad_id=backbone.tokenizer.pad_token_id or 0,
-        length=backbone.padded_length(max(len(query.prompt.ids) for query in queries))
-        if torch.is_grad_enabled()
-        else 0,
     )
     tails: dict[tuple[int, Name], int] = {}
     for row, query in enumerate(queries):
@@ -206,7 +201,6 @@ def _copied(backbone: Backbone, queries: Sequence[_Query], table: TagTable | Non
         torch.zeros(len(slots), 1, dtype=torch.long),
         pad_id=backbone.tokenizer.pad_token_id or 0,
         decoder_ids=_padded(decoder) if decoder else None,
-        length=backbone.padded_length(max(map(len, lines))) if torch.is_grad_enabled() else 0,
     )
     return _Reading(backbone.slot_states(batch, table), reads)
 

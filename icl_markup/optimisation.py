@@ -174,5 +174,4 @@ class TagOptimiser:
         return Launched(numbers, rows.detach().clone(), known, self._positions(step.batches), scales=scales)
 
     def _positions(self, batches: Sequence[Sequence[Any]]) -> int:
-        padded = self.model.backbone.padded_length
-        return sum(padded(max(item.tokens for item in batch)) * len(batch) for batch in batches)
+        return sum(max(item.tokens for item in batch) * len(batch) for batch in batches)

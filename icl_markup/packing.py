@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from icl_markup.blocked_attention import BLOCKED
 from icl_markup.branches import BranchedSequence
 from icl_markup.errors import BackboneError
 from icl_markup.tags import TagTable
@@ -171,8 +170,7 @@ def attention_mask(backbone: Backbone, allowed: Tensor) -> Tensor:
 
 def attention_of(backbone: Backbone) -> str:
     """Return the name of the implementation of attention that a backbone's model uses to answer."""
-    name = str(getattr(backbone.model.config.get_text_config(), "_attn_implementation", ""))
-    return "sdpa" if name == BLOCKED else name  # for which that stands in while a thread trains
+    return str(getattr(backbone.model.config.get_text_config(), "_attn_implementation", ""))
 
 
 def takes_masks(backbone: Backbone) -> bool:

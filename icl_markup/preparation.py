@@ -7,17 +7,14 @@ from contextlib import contextmanager
 
 from icl_markup.backbone import Backbone
 from icl_markup.casts import cast_once
-from icl_markup.norms import fast_norms
 
 
 @contextmanager
 def prepared(backbone: Backbone) -> Iterator[int]:
-    """While active, a frozen backbone has what many steps share: casts of its weights, and norms of few passes.
-
-    What a batch alone decides, such as how attention is computed, the backbone sees to itself.
+    """While active, a frozen backbone has what many steps share: casts of its weights.
 
     Yields:
         The bytes of the casts.
     """
-    with fast_norms(backbone), cast_once(backbone) as casts:
+    with cast_once(backbone) as casts:
         yield casts

@@ -28,7 +28,7 @@ _NEAR_BYTES = 2**20
 
 _BLOCKS = (torch.ops.aten.bmm, torch.ops.aten.baddbmm, torch.ops.aten._softmax, torch.ops.aten._softmax_backward_data)
 _BLOCK_BYTES = 4 * 2**20
-"""These find up to so much there: `icl_markup.attention_gradients` cuts its work into blocks for that."""
+"""These find up to so much there."""
 
 _HELD_BYTES = 256 * 2**20
 """How much of the outputs is kept at most."""

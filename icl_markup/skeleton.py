@@ -62,7 +62,6 @@ class Skeleton(Backbone):
             revision=config.revision,
             precision=plan.precision,
             max_length=config.max_length,
-            chooses_attention=config.attention == "auto",
         )
         skeleton.target = target
         skeleton.dtype = plan.dtype

@@ -13,7 +13,6 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -21,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from icl_markup.batching import cut_by_length
 from icl_markup.episodes import Episode, EpisodeSampler
-from icl_markup.errors import MarkupError, PromptError, WarmupError
+from icl_markup.errors import MarkupError, PromptError
 from icl_markup.markup import Markup
 from icl_markup.prompt import Prompt
 
@@ -77,26 +76,6 @@ Window: TypeAlias = tuple[list[tuple[Item, ...]], int]
 """The batches of a window, and how many of its episodes did not fit."""
 
 
-def check_padding(where: Path, before: int, now: int) -> None:
-    """Refuse to go on with a run in other batches than those it began with.
-
-    Args:
-        where: the run's folder.
-        before: to a multiple of how many tokens prompts were padded.
-        now: to a multiple of how many they would be.
-
-    Raises:
-        WarmupError: these differ.
-    """
-    if before != now:
-        raise WarmupError(
-            f"{where}: was started where prompts are padded to multiples of {before} tokens, and here they are to "
-            f"multiples of {now} (16 in bf16 on a CPU, 1 elsewhere and in earlier versions), so that batches would be "
-            "others; resume it with the device, precision and version that it was started with, or choose another "
-            "output"
-        )
-
-
 class PromptStream:
     """Training batches.
 
@@ -104,11 +83,10 @@ class PromptStream:
         markup: composes the prompts.
         sampler: draws the episodes.
         window: episodes a window.
-        batch_tokens: the most tokens a batch may hold, padding included, also that of `padded_length`.
+        batch_tokens: the most tokens a batch may hold, padding included.
         batches_per_step: batches an optimiser step takes (gradient accumulation times processes).
         workers: processes that draw and compose windows ahead of the steps; 0: it is done between steps. The batches
             are the same.
-        padded_length: to how many tokens prompts are padded, the longest of so many; the same by default.
         tokens: what prompts of one episode count for if they are computed together; by default their own lengths.
     """
 
@@ -121,7 +99,6 @@ class PromptStream:
         batch_tokens: int,
         batches_per_step: int,
         workers: int = 0,
-        padded_length: Callable[[int], int] = int,
         tokens: Callable[[Sequence[Prompt], Episode], int] | None = None,
     ):
         self.markup = markup
@@ -130,7 +107,6 @@ class PromptStream:
         self.batch_tokens = batch_tokens
         self.batches_per_step = batches_per_step
         self.workers = workers
-        self.padded_length = padded_length
         self.tokens = tokens or (lambda prompts, _episode: sum(len(prompt.ids) for prompt in prompts))
 
     def steps(self, start: Position = Position()) -> Iterator[Step]:  # noqa: B008 (immutable)
@@ -190,8 +166,7 @@ class PromptStream:
                 skipped, reason = skipped + 1, error
         if not items:
             raise PromptError(f"no prompt of a whole window of {self.window} episodes could be composed: {reason}")
-        lengths = [self.padded_length(item.tokens) for item in items]
-        cut = cut_by_length(lengths, self.batch_tokens)
+        cut = cut_by_length([item.tokens for item in items], self.batch_tokens)
         random.Random(f"{self.sampler.seed}/order/{window}").shuffle(cut)
         return [tuple(items[i] for i in part) for part in cut], skipped
 

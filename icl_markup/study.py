@@ -153,7 +153,6 @@ class Study:
             self._mean([one.flops("backward") for one in self.ledgers]),
         )
         attention = getattr(backbone.model.config, "_attn_implementation", None) or "eager"
-        attention = "in blocks" if backbone.trains_blocked else attention
         dtype = str(backbone.dtype).removeprefix("torch.")
         return Forecast(self.target, dtype, backbone.precision, attention, backbone.form, self.memory(), flops)
 

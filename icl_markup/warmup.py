@@ -33,7 +33,7 @@ from icl_markup.quantisation import check_gradients
 from icl_markup.readers import read_task, without_storage
 from icl_markup.run_folder import METRICS, open_output, writing
 from icl_markup.start import Start
-from icl_markup.stream import Position, PromptStream, Step, check_padding
+from icl_markup.stream import Position, PromptStream, Step
 from icl_markup.tagfile import tags_of, write_tags
 from icl_markup.tags import tags_in_vocabulary
 from icl_markup.tasks import Task
@@ -130,7 +130,6 @@ class _Warmup:
             batch_tokens=plan.batch_tokens,
             batches_per_step=plan.batches_per_step,
             workers=(0 if accelerator.device.type == "cpu" else 2) if config.workers is None else config.workers,
-            padded_length=model.backbone.padded_length,
             tokens=model.tokens_of,
         )
         self.scale = _embedding_deviation(model.backbone)
@@ -184,8 +183,7 @@ class _Warmup:
                 )
             rows, best, self.progress, before = load_checkpoint(self.out, self.optimiser.raw)
             # What an earlier version did not know it did as by default.
-            before = {"padding": 1, **_comparable(WarmupConfig(tasks=[])), **before}
-            check_padding(self.out, before["padding"], comparable["padding"])
+            before = {**_comparable(WarmupConfig(tasks=[])), **before}
             changed = next((k for k in comparable if comparable[k] != before.get(k)), None)
             if changed:
                 raise WarmupError(
@@ -332,7 +330,7 @@ class _Warmup:
 
     def _comparable(self) -> dict[str, Any]:
         """Return what must not change when the run is resumed; where it began with tags, these are part of it."""
-        found = {**_comparable(self.config), "padding": self.model.backbone.padded_length(1)}
+        found = _comparable(self.config)
         return {**found, "start_from": list(self.start.checksums)} if self.start.checksums else found
 
     def _summary(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -69,14 +69,13 @@ class Workload:
             PromptError: not one prompt of a window fits the backbone.
         """
         plan = config.optimiser
-        markup, padded = model.markup, model.backbone.padded_length
+        markup = model.markup
         stream = PromptStream(
             markup,
             sampler,
             window=plan.window,
             batch_tokens=plan.batch_tokens,
             batches_per_step=1,
-            padded_length=padded,
             tokens=model.tokens_of,
         )
         batches: list[tuple[Item, ...]] = []
@@ -87,7 +86,7 @@ class Workload:
         seconds = (time.perf_counter() - began) / (windows * plan.window)
         return cls(
             tuple(batches),
-            tuple(_size(markup, batch, padded) for batch in batches),
+            tuple(_size(markup, batch) for batch in batches),
             sum(item.tokens for batch in batches for item in batch),
             windows * plan.window,
             seconds,
@@ -144,12 +143,12 @@ class Curve:
         return self.fixed * batches + sum(self.at(size) - self.fixed for size in sizes)
 
 
-def _size(markup: Markup, batch: Sequence[Item], padded: Callable[[int], int]) -> Size:
+def _size(markup: Markup, batch: Sequence[Item]) -> Size:
     """Return how many rows a batch has, and how long they are: of names behind one context, one row for all."""
     if markup.layout.kind == "causal":
-        return Size(len(batch), padded(max(item.tokens for item in batch)))
+        return Size(len(batch), max(item.tokens for item in batch))
     longest = max(len(prompt.ids) for item in batch for prompt in item.prompts)
-    return Size(sum(-(-item.tokens // longest) for item in batch), padded(longest))
+    return Size(sum(-(-item.tokens // longest) for item in batch), longest)
 
 
 def _validation(config: WarmupConfig, model: MarkupModel, tasks: Sequence[Task]) -> Iterator[Size]:

@@ -18,8 +18,8 @@ _GROUPS = {
     "Prompts": "template markup prompt layout chat answers text",
     "Backbone and tags": "models gguf gguf_tokenizers cache tags loading quantisation backbone batching branches"
     " decoding normalizer names priors model scoring sharing packing prefixes exactness backbone_checks"
-    " attention_kernels blocked_attention attention_gradients devices",
-    "Warm-up": "warmup warmup_config start stream optimisation activations beginnings casts norms preparation"
+    " devices",
+    "Warm-up": "warmup warmup_config start stream optimisation activations beginnings casts preparation"
     " checkpoint run_folder lock files processes sharded",
     "Planning": "plan plan_cli study skeleton ledger workload replay accelerators",
     "Tag folders": "tagfile fingerprint sketches card hub push compose composition ancestry zoo tag_commands",
