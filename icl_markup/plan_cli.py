@@ -16,8 +16,7 @@ from rich.table import Table
 from icl_markup.config import load_config
 
 if TYPE_CHECKING:
-    from icl_markup.plan import Duration, Plan
-    from icl_markup.study import Forecast
+    from icl_markup.plan import Duration, Forecast, Plan
 
 DESCRIPTION = """What a warm-up will cost: parameters, memory by part, FLOPs and time. Of the backbone, config.json and
 the tokenizer are read, no weights. Options that are not listed here override keys of the configuration, as for warmup
@@ -82,10 +81,10 @@ def print_plan(plan: Plan) -> None:
         table.add_row(*_told(one))
     console.print(table)
     if any(one.accelerator == "here" for one in plan.durations):
-        console.print("here: the sum of operations, each timed on this machine", highlight=False, soft_wrap=True)
+        console.print("here: of this machine's rates, which were measured", highlight=False, soft_wrap=True)
     if any(one.accelerator != "here" for one in plan.durations):
         console.print(
-            "other accelerators: of data sheets, with assumed shares of their peaks (icl_markup.accelerators); not "
+            "other accelerators: of data sheets, with assumed shares of their peaks (icl_markup.costs); not "
             "measured", highlight=False, soft_wrap=True
         )  # fmt: skip
 
@@ -100,8 +99,7 @@ def _print_forecast(console: Console, forecast: Forecast) -> None:
         table.add_row("memory" if name == "weights" else "", name, f"{size / 2**20:,.1f} MiB")
     flops = {**asdict(forecast.flops), "total": forecast.flops.total}
     for name, count in flops.items():
-        label = "of which attention" if name == "attention" else name
-        table.add_row("a batch" if name == "forward" else "", label, f"{count / 1e9:,.2f} GFLOP")
+        table.add_row("a batch" if name == "forward" else "", name, f"{count / 1e9:,.2f} GFLOP")
     console.print(table)
 
 

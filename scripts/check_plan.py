@@ -5,9 +5,9 @@
 For shapes of `bench_shapes.py`, and batches of equal prompts of several lengths and numbers: parameters, FLOPs of a
 step's forward and backward pass as PyTorch's FlopCounterMode counts them on the real model, memory beyond weights as
 the largest resident set during steps less that before them, and seconds of a step (their median) against the sum of
-operations that the plan times. The plan is made of the configuration and the tokenizer alone. Each measurement is a
-process of its own; in it the real model runs first. Memory is measured twice: with freed pages given back at once,
-which is what PyTorch holds, and with glibc's default, which keeps gaps. `ratio` is planned over measured.
+operations at the rates that the plan measures. The plan is made of the configuration and the tokenizer alone. Each
+measurement is a process of its own; in it the real model runs first. Memory is measured twice: with freed pages given
+back at once, which is what PyTorch holds, and with glibc's default, which keeps gaps. `ratio` is planned over measured.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from icl_markup import BackboneConfig, EpisodeConfig, EpisodeSampler, MarkupModel
+from icl_markup.costs import measured
+from icl_markup.plan import observed
 from icl_markup.preparation import prepared
-from icl_markup.replay import Stopwatch
 from icl_markup.results import provenance, write_rows
 from icl_markup.skeleton import Skeleton
 from icl_markup.stream import Item, PromptStream
-from icl_markup.study import observed
 
 SIZES = ((4, 256), (8, 128), (2, 512))
 """Prompts of a batch, and tokens of each, about."""
@@ -102,8 +102,8 @@ def memory_case(shape: str, precision: str, prompts: int, length: int) -> dict[s
     with Memory() as memory, prepared(model.backbone):
         for _ in range(2):
             step(model, items)
-    ledger, _ = observed(skeleton_of(model, precision), items, False)
-    return {"memory_mib": [round(ledger.peak / 2**20, 1), round(memory.grown, 1)]}
+    costs = observed(skeleton_of(model, precision), items, False)
+    return {"memory_mib": [round(costs.peak / 2**20, 1), round(memory.grown, 1)]}
 
 
 def case(shape: str, precision: str, prompts: int, length: int, steps: int) -> dict[str, Any]:
@@ -121,16 +121,17 @@ def case(shape: str, precision: str, prompts: int, length: int, steps: int) -> d
             step(model, items)
     planned = skeleton_of(model, precision)
     began = time.perf_counter()
-    ledger, _ = observed(planned, items, False)
+    here = measured(torch.device("cpu"))
+    costs = observed(planned, items, False, [here])
     watched = time.perf_counter() - began
-    estimate = Stopwatch(torch.device("cpu")).seconds(ledger.operations.items())
+    estimate = costs.seconds(here, "forward", "backward")
     return {
         "tokens": len(items[0].prompt.ids),
         "parameters": [sum(p.numel() for p in one.backbone.model.parameters()) for one in (planned, model)],
-        "flops": [ledger.flops(), counter.get_total_flops()],
+        "flops": [sum(costs.flops.values()), counter.get_total_flops()],
         "seconds": [round(estimate, 4), round(statistics.median(seconds), 4)],
         "seconds_range": [round(min(seconds), 4), round(max(seconds), 4)],
-        "planning_seconds": [round(watched, 2), round(time.perf_counter() - began - watched, 2)],
+        "planning_seconds": round(watched, 2),
     }
 
 

@@ -21,7 +21,7 @@ _GROUPS = {
     " devices",
     "Warm-up": "warmup warmup_config start stream optimisation activations beginnings casts preparation"
     " checkpoint run_folder lock files processes sharded",
-    "Planning": "plan plan_cli study skeleton ledger workload replay accelerators",
+    "Planning": "plan plan_cli skeleton costs",
     "Tag folders": "tagfile fingerprint sketches card hub push compose composition ancestry zoo tag_commands",
     "Tags in other tools": "export_merged export_peft import_peft placement merging exported"
     " export_check export_cli exportable",
