@@ -37,7 +37,8 @@ class Calibration:
     """What was learnt of a classifier's scores.
 
     Attributes:
-        prior: log-probabilities of the labels without evidence, by label; a label that it lacks has the mean of those.
+        prior: log-probabilities of the labels without evidence, by label; a label that it lacks has the
+            logarithm of their mean probability.
         temperature: divides log-probabilities; above 1 makes them less sure (Guo et al. 2017).
         threshold: a query is rejected if its out-of-scope score lies above it; None: the classifier's default.
     """
@@ -54,7 +55,8 @@ class Calibration:
             names: the options' names.
         """
         if self.prior:
-            mean = float(np.mean(list(self.prior.values())))
+            # The mean of probabilities, as in `icl_markup.priors.without_prior`: "none of the above" keeps its odds.
+            mean = float(logsumexp(list(self.prior.values())) - np.log(len(self.prior)))
             log_probs = log_probs - np.array([self.prior.get(name, mean) for name in names])
         return np.asarray(log_softmax(log_probs / self.temperature, axis=1))
 

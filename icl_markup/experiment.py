@@ -28,6 +28,7 @@ from icl_markup.measured import Measured
 from icl_markup.method import EpisodeScores, Method
 from icl_markup.pooled import pooled_rows
 from icl_markup.processes import Processes
+from icl_markup.prompted import Prompted
 from icl_markup.readers import TaskSource, read_task
 from icl_markup.results import provenance, write_rows
 from icl_markup.retrieval import Retrieved
@@ -168,6 +169,7 @@ class _Chain:
     def measure(self, task: Task, setting: Setting, seed: int, bar: tqdm[Any]) -> Iterator[Measured]:
         """Measure, or load, what every variant answers on the same episodes."""
         drawn: dict[str, list[Episode]] = {}
+        self._expect(self.wanted(setting))
         for variant in self.wanted(setting):
             bar.set_postfix_str(f"{task.name}: {variant.method}", refresh=True)
             cell = self._cell(variant, task, setting, seed, self.config.query_split, drawn)
@@ -195,12 +197,21 @@ class _Chain:
         if not chosen:
             return selected
         setting = replace(SELECTION, episodes=self.config.selection_episodes)
+        self._expect(chosen)
         for task in tqdm(tasks, desc="choosing wordings", unit="task", disable=None if progress else True):
             drawn: dict[str, list[Episode]] = {}
             for variant in chosen:
                 cell = self._cell(variant, task, setting, 1, "train", drawn)
                 selected.setdefault(variant.identity, []).append(cell)
         return selected
+
+    def _expect(self, variants: Sequence[Variant]) -> None:
+        """Say which calibrations are wanted, so that those of one model are asked for together."""
+        methods = [method for method in (v.make() for v in variants if v.prompted) if isinstance(method, Prompted)]
+        for method in methods:
+            method.model.priors.clear()
+        for method in methods:
+            method.model.priors.add(method.prior)
 
     def _cell(
         self, variant: Variant, task: Task, setting: Setting, seed: int, split: str, drawn: dict[str, list[Episode]]

@@ -1,9 +1,9 @@
-"""Rows over all tasks of a setting together, each method with the calibration that suits it best on validation."""
+"""Rows over all tasks of a setting: of each calibration, and of the one that suits a method best on validation."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,28 +12,42 @@ from numpy.typing import NDArray
 from icl_markup.cells import Cell
 from icl_markup.experiment_config import ExperimentConfig
 from icl_markup.measured import Group, Measured
-from icl_markup.open_world import answered, numbered
+from icl_markup.open_world import answered
 from icl_markup.statistics import compare, interval
 from icl_markup.summary import Row, common_of, measure_row
-from icl_markup.variants import Variant
 
 Selected = dict[str, list[Cell]]
 """Cells on the selection tasks, by the identity of what was measured there."""
 
+CHOSEN = " + calibration chosen on validation"
+
 
 @dataclass(frozen=True)
 class _Side:
-    """What is compared: some variants of a method, with one calibration."""
+    """What has a row: some variants of a method.
 
+    Attributes:
+        method: what rows call it.
+        label: what tells it from other rows of the method.
+        cells: of each variant the cells of all tasks.
+        chosen: what validation chose.
+    """
+
+    method: str
     label: str
-    calibration: str
-    variants: dict[str, list[Measured]]
-    """Cells by variant, of all tasks."""
+    cells: dict[str, list[Measured]]
+    chosen: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def group(self) -> Group:
+        """The same as a group of one task, which counts units and makes what all rows share."""
+        first = next(iter(self.cells.values()))[0]
+        return Group(self.method, first.variant.config.label, first.task, first.setting, self.cells)
 
     @property
     def correct(self) -> NDArray[np.float64]:
         """Which queries each variant answered rightly, (variants, queries)."""
-        return np.array([answered(cells) for cells in self.variants.values()], dtype=np.float64)
+        return np.array([answered(cells) for cells in self.cells.values()], dtype=np.float64)
 
 
 def pooled_rows(
@@ -41,8 +55,9 @@ def pooled_rows(
 ) -> list[dict[str, Any]]:
     """Return accuracies over all tasks of one setting, and the reference's differences to other methods.
 
-    Tasks count by their queries. Where a method was measured with several calibrations, that with the highest mean
-    accuracy on the selection tasks stands for it. Of wordings there is the mean and the one that is best there.
+    Tasks count by their queries. Each calibration has rows of its own. A method that was measured with several has
+    further rows, with the calibration of the highest mean accuracy over the selection tasks; these are compared. Of
+    wordings there are the mean, and the one that is best on the selection tasks.
 
     Args:
         measured: every cell of the setting.
@@ -56,94 +71,90 @@ def pooled_rows(
     tasks = list(dict.fromkeys(one.task.name for one in measured))
     if len(tasks) < 2 or measured[0].setting.open_world or measured[0].setting.vary != "nothing":
         return []
-    rows: list[Row] = []
-    sides: list[tuple[Row, _Side]] = []
-    methods: dict[tuple[str, str | None], list[Measured]] = {}
+    methods: dict[tuple[str, str | None], dict[str, dict[str, list[Measured]]]] = {}
     for one in measured:
         if one.variant.method != "chance":
-            methods.setdefault((one.variant.base, one.variant.config.label), []).append(one)
-    for mine in methods.values():
-        for side in _sides(mine, selected):
-            common = _common(side, f"all {len(tasks)} tasks", config, command)
-            accuracy = side.correct
-            more = {"minimum": accuracy.mean(1).min(), "maximum": accuracy.mean(1).max()} if len(accuracy) > 1 else {}
-            rounded = {key: round(float(value), 5) for key, value in more.items()}
-            value = interval(accuracy, _units(side))
-            rows.append(measure_row(common, side.label, "accuracy", value, calibration=side.calibration, **rounded))
-            sides.append((common, side))
-    reference = next((side for _, side in sides if _method(side) == (config.reference, None)), None)
-    if reference is None:
-        return rows
-    for common, side in sides:
-        if side is reference or side.correct.shape[1] != reference.correct.shape[1]:
-            continue
-        found = compare(reference.correct, side.correct, _units(side))
-        rows.append(
-            {
-                "kind": "comparison",
-                **common,
-                "template": reference.label,
-                "method": config.reference,
-                "calibration": reference.calibration,
-                "against": f"{' '.join(filter(None, _method(side)))} ({side.label}, calibration {side.calibration})",
-                "difference": round(found.difference, 5),
-                "low": round(found.low, 5),
-                "high": round(found.high, 5),
-                "p_value": round(found.p_value, 6),
-                "test": found.test,
-            }
-        )
+            calibrations = methods.setdefault((one.variant.base, one.variant.config.label), {})
+            cells = calibrations.setdefault(one.variant.config.calibration, {})
+            cells.setdefault(one.variant.label, []).append(one)
+    rows: list[Row] = []
+    compared: dict[tuple[str, str | None], list[_Side]] = {}
+    for key, calibrations in methods.items():
+        every, compared[key] = _sides(key[0], calibrations, selected)
+        for side in every:
+            rows.append(_accuracy(side, _common(side, len(tasks), config, command)))
+    references = compared.get((config.reference, None), [])
+    for side in [side for sides in compared.values() for side in sides if references]:
+        if side is not references[0] and side.correct.shape[1] == references[0].correct.shape[1]:
+            rows.append(_comparison(references[0], side, _common(side, len(tasks), config, command)))
     return rows
 
 
-def _sides(measured: Sequence[Measured], selected: Selected) -> list[_Side]:
-    """Return a method's mean over variants, and the best wording, with the calibrations that validation chooses."""
-    by_calibration: dict[str, dict[str, list[Measured]]] = {}
-    for one in measured:
-        cells = by_calibration.setdefault(one.variant.config.calibration, {})
-        cells.setdefault(one.variant.label, []).append(one)
+def _sides(
+    base: str, calibrations: dict[str, dict[str, list[Measured]]], selected: Selected
+) -> tuple[list[_Side], list[_Side]]:
+    """Return what has rows, and what of that is compared: the calibration that validation chooses, if there are any."""
 
-    def validated(variant: Variant) -> float:
-        cells = selected.get(variant.identity)
-        return float(np.mean([cell.correct.mean() for cell in cells])) if cells else float("nan")
+    def validated(cells: Sequence[Measured]) -> float:
+        found = selected.get(cells[0].variant.identity)
+        return float(np.mean([cell.correct.mean() for cell in found])) if found else float("nan")
 
-    accuracy = {
-        calibration: {label: validated(cells[0].variant) for label, cells in variants.items()}
-        for calibration, variants in by_calibration.items()
+    accuracy = {name: {label: validated(of) for label, of in cells.items()} for name, cells in calibrations.items()}
+    means = {name: float(np.mean([*of.values()])) for name, of in accuracy.items()}
+    every: list[_Side] = []
+    for cells in calibrations.values():
+        first = next(iter(cells.values()))[0].variant
+        every.append(_Side(first.method, _label(cells), cells))
+    final = list(every)
+    is_known = all(np.isfinite(mean) for mean in means.values())
+    if len(calibrations) > 1:
+        if not is_known:
+            return every, []
+        best = max(means, key=means.__getitem__)
+        final = [_Side(base + CHOSEN, _label(calibrations[best]), calibrations[best], {"calibration": best})]
+        every += final
+    config = next(iter(final[0].cells.values()))[0].variant.config
+    if config.name == "plain" and is_known and len(final[0].cells) > 1:
+        at = max(((name, label) for name, of in accuracy.items() for label in of), key=lambda x: accuracy[x[0]][x[1]])
+        chosen = {"wording": at[1], **({"calibration": at[0]} if len(calibrations) > 1 else {})}
+        final.append(
+            _Side(final[0].method, "best on validation", {at[1]: calibrations[at[0]][at[1]]}, chosen)
+        )  # fmt: skip
+        every.append(final[-1])
+    return every, final
+
+
+def _label(cells: dict[str, list[Measured]]) -> str:
+    """Return what rows call the variants of a method together: their mean, or the only one."""
+    group = next(iter(cells.values()))[0].variant.config.label
+    name = "mean" if len(cells) > 1 else next(iter(cells))
+    return name if group is None else group if len(cells) == 1 else f"{group}, {name}"
+
+
+def _common(side: _Side, tasks: int, config: ExperimentConfig, command: str) -> Row:
+    return {**common_of(side.group, config, command), "task": f"all {tasks} tasks", "pooled": True, **side.chosen}
+
+
+def _accuracy(side: _Side, common: Row) -> Row:
+    correct = side.correct
+    means = correct.mean(axis=1)
+    more = {"minimum": means.min(), "maximum": means.max()} if len(means) > 1 else {}
+    rounded = {key: round(float(value), 5) for key, value in more.items()}
+    variants = {"variants": len(means)} if len(means) > 1 else {}
+    return measure_row(common, side.label, "accuracy", interval(correct, side.group.units), **rounded, **variants)
+
+
+def _comparison(reference: _Side, side: _Side, common: Row) -> Row:
+    found = compare(reference.correct, side.correct, side.group.units)
+    return {
+        "kind": "comparison",
+        **common,
+        "template": reference.label,
+        "method": reference.method,
+        "against": f"{side.method} ({side.label})",
+        "difference": round(found.difference, 5),
+        "low": round(found.low, 5),
+        "high": round(found.high, 5),
+        "p_value": round(found.p_value, 6),
+        "test": found.test,
     }
-    means = {calibration: float(np.mean([*of.values()])) for calibration, of in accuracy.items()}
-    chosen = next(iter(means))
-    if len(means) > 1:
-        if not all(np.isfinite(value) for value in means.values()):
-            return []
-        chosen = max(means, key=means.__getitem__)
-    variants = by_calibration[chosen]
-    sides = [_Side("mean" if len(variants) > 1 else next(iter(variants)), chosen, variants)]
-    if measured[0].variant.config.name == "plain" and len(variants) > 1 and np.isfinite(means[chosen]):
-        best = {calibration: max(of, key=of.__getitem__) for calibration, of in accuracy.items()}
-        calibration = max(best, key=lambda one: accuracy[one][best[one]])
-        wording = best[calibration]
-        sides.append(_Side("best on validation", calibration, {wording: by_calibration[calibration][wording]}))
-    return sides
-
-
-def _common(side: _Side, tasks: str, config: ExperimentConfig, command: str) -> Row:
-    """Return what rows of a side share."""
-    first = _first(side)
-    group = Group(first.variant.base, first.variant.config.label, first.task, first.setting, side.variants)
-    wording = {"wording": next(iter(side.variants))} if side.label == "best on validation" else {}
-    return {**common_of(group, config, command), "task": tasks, **wording}
-
-
-def _method(side: _Side) -> tuple[str, str | None]:
-    variant = _first(side).variant
-    return variant.base, variant.config.label
-
-
-def _first(side: _Side) -> Measured:
-    return next(iter(side.variants.values()))[0]
-
-
-def _units(side: _Side) -> NDArray[np.int64]:
-    """Return the episode of each query, numbered over all tasks and seeds."""
-    return numbered(next(iter(side.variants.values())))

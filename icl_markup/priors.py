@@ -129,7 +129,7 @@ def _probes(episode: Episode, prior: Prior) -> tuple[Query, ...]:
         return tuple(Query(text) for text in CONTENT_FREE)
     if prior == "domain":
         texts = [demo.text for demo in episode.demos] or names_of(episode)
-        words = [word for text in texts for word in text.split()]
+        words = [word for text in texts for word in text.split()] or [CONTENT_FREE[0]]  # blank texts are refused later
         length = max(1, round(len(words) / len(texts)))
         rng = random.Random(" ".join(texts))
         return tuple(Query(" ".join(rng.choices(words, k=length))) for _ in range(DOMAIN_TEXTS))

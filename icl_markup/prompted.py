@@ -26,24 +26,24 @@ class Probed:
         model: the model.
 
     Attributes:
-        priors: the priors that are wanted.
+        priors: the priors that are wanted of the next episodes; whoever measures sets them.
     """
 
     def __init__(self, model: MarkupModel):
         self.model = model
-        self.priors: list[Prior] = []
-        self._episodes: list[Episode] = []
-        self._found: dict[Prior, list[EpisodeLogProbs]] = {}
+        self.priors: set[Prior] = set()
+        self._kept: list[tuple[list[Episode], dict[Prior, list[EpisodeLogProbs]]]] = []
+        """Answers to the last two lists of episodes: a test split and a threshold's validation split take turns."""
 
     def of(self, episodes: Sequence[Episode], prior: Prior, batch_tokens: int) -> list[EpisodeLogProbs]:
         """Answer every query of every episode; see `icl_markup.priors.log_probs_of`."""
-        if prior not in self.priors:
-            self.priors.append(prior)
-        if prior not in self._found or self._episodes != list(episodes):
-            self._found = log_probs_by_prior(self.model, episodes, self.priors, batch_tokens)
-            self._episodes = list(episodes)
-            self.model.prefixes.clear()  # contexts do not come again, and many models together hold much
-        return self._found[prior]
+        for kept, found in self._kept:
+            if prior in found and kept == list(episodes):
+                return found[prior]
+        found = log_probs_by_prior(self.model, episodes, sorted(self.priors | {prior}), batch_tokens)
+        self._kept = [*self._kept[-1:], (list(episodes), found)]
+        self.model.prefixes.clear()  # contexts do not come again, and many models together hold much
+        return found[prior]
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,6 @@ class Prompted:
     offers_none: bool = True
     shows_demos: bool = True
     batch_tokens: int = 4096
-
-    def __post_init__(self) -> None:
-        if self.prior not in self.model.priors:
-            self.model.priors.append(self.prior)
 
     @property
     def prior(self) -> Prior:

@@ -72,7 +72,8 @@ def corrected(rows: Sequence[Row]) -> list[Row]:
 
 
 def _family(row: Row) -> tuple[Any, ...]:
-    return tuple(row[key] for key in ("n_way", "k_shot", "retrieval", "open_world"))
+    # Rows over all tasks ask what the rows of each task ask, and are a family of their own.
+    return (*(row[key] for key in ("n_way", "k_shot", "retrieval", "open_world")), row.get("pooled", False))
 
 
 def common_of(group: Group, config: ExperimentConfig, command: str) -> Row:

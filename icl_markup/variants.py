@@ -17,6 +17,7 @@ from icl_markup.checkpoint import has_checkpoint
 from icl_markup.config import load_config
 from icl_markup.errors import ConfigError
 from icl_markup.experiment_config import TRAINED, ExperimentConfig, MethodConfig
+from icl_markup.hub import locate
 from icl_markup.metaicl import load_metaicl, run_metaicl
 from icl_markup.metaicl_config import MetaIclConfig
 from icl_markup.metaicl_model import read_details
@@ -64,7 +65,7 @@ class Variant:
     @property
     def base(self) -> str:
         """The method's name in rows without its calibration."""
-        return self.config.name_in_rows or self.config.name
+        return _named(self.config)
 
 
 def variants(config: ExperimentConfig, backbone: Backbone, encoder: Callable[[], SentenceEncoder]) -> Iterator[Variant]:
@@ -76,9 +77,7 @@ def variants(config: ExperimentConfig, backbone: Backbone, encoder: Callable[[],
     weights = backbone.checksum()
     models: dict[str, Probed] = {}  # one for all calibrations
     for method in config.methods:
-        name = (method.name_in_rows or method.name) + CALIBRATIONS.get(method.calibration, "")
-        if method.out_of_scope == "max_probability":
-            name += " (largest probability)"
+        name = _named(method, CALIBRATIONS.get(method.calibration, ""))
         if method.name not in ("plain", "label_names", "tags_untrained", *TRAINED):
             yield _baseline(name, method, config, encoder)
             continue
@@ -95,6 +94,11 @@ def variants(config: ExperimentConfig, backbone: Backbone, encoder: Callable[[],
                 _constant(prompted),
                 method,
             )
+
+
+def _named(method: MethodConfig, calibration: str = "") -> str:
+    decides = " (largest probability)" if method.out_of_scope == "max_probability" else ""
+    return (method.name_in_rows or method.name) + calibration + decides
 
 
 def _constant(method: Method) -> Callable[[], Method]:
@@ -128,7 +132,7 @@ def _models(
             made_of = [template.source, model.answers, method.initialisation, method.name, *_chat(model.chat)]
             yield Path(name).stem, made_of, model, 0 if method.name != "tags_untrained" else rows
         return
-    folders = [Path(folder) for folder in method.folders]
+    folders = [locate(folder).folder for folder in method.folders]  # the zoo's, on disk, or the hub's
     folders += [_warmed_up(method, seed, config, backbone) for seed in method.seeds] if method.warmup else []
     for folder in folders:
         if method.name in ("lora", "full_finetuning"):

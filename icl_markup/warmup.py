@@ -234,6 +234,7 @@ class _Warmup:
                 if save:
                     self._save()
                 if stop:
+                    self._save_best({**self._summary(), "stopped": f"at step {state.step} of {plan.steps}"})
                     self.accelerator.wait_for_everyone()  # a launcher ends the others where one has ended
                     raise Interrupted(f"interrupted; {self.out} holds step {state.step}; resume it (--resume true)")
         state.finished = True

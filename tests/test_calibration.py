@@ -11,6 +11,8 @@ from scipy.special import log_softmax
 from icl_markup.calibration import Calibration, out_of_scope, shifted, with_rejection
 from icl_markup.errors import EvaluationError
 from icl_markup.out_of_scope import expected_calibration_error
+from icl_markup.priors import without_prior
+from icl_markup.tasks import NONE_OF_THE_ABOVE
 
 NAMES = ["a", "b", "c"]
 
@@ -99,3 +101,12 @@ def test_what_is_no_calibration_is_refused(bad: dict[str, object]) -> None:
     assert Calibration.from_json(good.to_json()) == good
     with pytest.raises(ValueError, match="finite"):
         Calibration.from_json({**good.to_json(), **bad})
+
+
+def test_none_of_the_above_keeps_its_odds_in_classifiers_as_in_experiments() -> None:
+    names = ["weather", "lost card", "refund", NONE_OF_THE_ABOVE]
+    rng = np.random.default_rng(0)
+    sample = log_softmax(rng.normal(size=(50, 4)) + [3.0, 0.0, -3.0, 0.0], axis=1)
+    labels = log_softmax(np.logaddexp.reduce(sample[:, :3], axis=0))
+    prior = dict(zip(names, labels.tolist(), strict=False))
+    assert Calibration(prior).applied(sample, names) == pytest.approx(without_prior(sample, sample, names))

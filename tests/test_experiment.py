@@ -152,20 +152,26 @@ def test_tasks_are_pooled_with_the_calibration_that_validation_chooses(workplace
     }))  # fmt: skip
     rows = run_experiment(load_experiment("pooled.yaml"), "the command", progress=False)
     parts = of(rows, kind="measure", metric="accuracy")
-    pooled = {row["template"]: row for row in of(parts, task="all 2 tasks")}
-    assert set(pooled) == {"mean", "best on validation", "markup_letters"}
+    pooled = {(row["method"], row["template"]): row for row in of(parts, task="all 2 tasks")}
+    chosen = " + calibration chosen on validation"
+    assert set(pooled) == {
+        ("plain", "mean"), ("plain + contextual calibration", "mean"), ("plain" + chosen, "mean"),
+        ("plain" + chosen, "best on validation"), ("tags_untrained", "markup_letters"),
+        ("tags_untrained + contextual calibration", "markup_letters"), ("tags_untrained" + chosen, "markup_letters"),
+    }  # fmt: skip
     cells = [Cell.load(path) for path in (workplace / "runs" / "cells").iterdir()]
     chosen_on = [cell for cell in cells if cell.facts["task"] == "selection"]
     assert len(chosen_on) == 6
     assert all(int(cell.episodes.max()) == 1 for cell in chosen_on)
     suffix = {"none": "", "contextual": " + contextual calibration"}
-    for label, row in pooled.items():
+    for (method, label), row in pooled.items():
         assert (row["episodes"], row["queries"]) == (8, 24)
-        method = row["method"] + suffix[row["calibration"]]
-        same = [one for one in parts if one["method"] == method and one["template"] == row.get("wording", label)]
-        assert row["accuracy"] == pytest.approx(np.mean([one["accuracy"] for one in same if one is not row]), abs=1e-5)
-    against = {row["against"].split(" (")[1].split(",")[0] for row in of(rows, kind="comparison", task="all 2 tasks")}
-    assert against == {"mean", "best on validation"}
+        asked = method.replace(chosen, suffix[row.get("calibration", "none")])
+        same = [one for one in of(parts, method=asked, template=row.get("wording", label)) if "pooled" not in one]
+        assert len(same) == 2
+        assert row["accuracy"] == pytest.approx(np.mean([one["accuracy"] for one in same]), abs=1e-5)
+    against = {row["against"] for row in of(rows, kind="comparison", task="all 2 tasks")}
+    assert against == {f"plain{chosen} (mean)", f"plain{chosen} (best on validation)"}
 
 
 def test_an_interrupted_run_keeps_its_cells_and_ends_with_the_same_rows(

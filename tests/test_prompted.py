@@ -70,12 +70,17 @@ def test_calibrations_of_one_model_are_asked_for_together(model: MarkupModel, mo
     monkeypatch.setattr(type(model), "scores", counting)
     one = Probed(model)
     methods = [Prompted(one, kind) for kind in kinds]
+    one.priors.update(method.prior for method in methods)
     for method, wanted in zip(methods, alone, strict=True):
         for a, b in zip(method.scores([episode(), episode(2)]), wanted, strict=True):
             assert a.log_probs == pytest.approx(b.log_probs, abs=1e-5)
     assert len(calls) == 1
     methods[0].scores([episode(2)])
-    assert len(calls) == 2
+    methods[1].scores([episode(), episode(2)])
+    assert len(calls) == 2, "answers to two lists of episodes are kept"
+    one.priors.clear()
+    methods[0].scores([episode(3, open_world=True)])
+    assert len(calls[-1][0].queries) == 3, "no probes that nobody wants"
 
 
 @pytest.mark.parametrize("kind", ["contextual", "domain", "unconditional", "batch"])
