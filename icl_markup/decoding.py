@@ -1,7 +1,8 @@
 """Names in a sequence-to-sequence model: the encoder reads a prompt once, the decoder goes on with every name.
 
-The decoder's first step computes the keys and values of what the encoder read. All names of a prompt share them, as
-rows of one further step, so that a name costs its own few tokens. Gradients pass through the shared keys and values.
+The decoder's first step computes the keys and values of what the encoder read. Each name of a prompt is given a copy of
+them, as a row of one further step, so that it costs the computation of its own few tokens, and the copy's memory.
+Gradients pass through the copies.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -81,6 +82,9 @@ def locate(tags: str | Path, revision: str | None = None, token: str | None = No
     shipped = zoo_folder(tags) if isinstance(tags, str) else None
     if shipped is not None:
         _no_revision(str(tags), revision)
+        if (Path(tags) / DETAILS).is_file():
+            print(f"icl-markup: {tags} means the tags that ship with the package; write ./{tags} for the folder here",
+                  file=sys.stderr)  # fmt: skip
         return Place(shipped)
     if isinstance(tags, Path) or Path(tags).is_dir():
         _no_revision(str(tags), revision)

@@ -85,12 +85,16 @@ def name_scores(
 
 
 def name_tokens(backbone: Backbone, markup: Markup, prompts: Sequence[Prompt], episode: Episode) -> int:
-    """Return how many tokens `name_scores` computes for an episode's prompts, which it computes together."""
+    """Return how many tokens `name_scores` computes for an episode's prompts, which it computes together.
+
+    For sequence-to-sequence models also what copies of keys and values take, in tokens: batches are cut by this number.
+    """
     queries = [_Query(prompt, slot, _names(markup, episode, slot)) for prompt in prompts for slot in prompt.slots]
     if backbone.kind == "causal" and branches_fit(backbone, queries):
         return len(branched_prompts(prompts, [query.names for query in queries]).sequence.ids)
     if backbone.kind == "seq2seq" and backbone.shares_names:
-        return sum(len(query.prompt.ids) for query in queries)
+        # Each name has a copy of the keys and values of its prompt, an eighth or so of what a token keeps in training.
+        return sum(len(query.prompt.ids) * (8 + len(query.names)) // 8 for query in queries)
     return sum(len(query.prompt.ids) * len(query.names) for query in queries)
 
 

@@ -2,8 +2,10 @@
 
     python scripts/make_zoo.py smollm2 --seeds 0 1 2
 
-A warm-up takes an hour or so on two cores. It writes checkpoints, and the same command goes on with it. Several
-processes may make different seeds at the same time; ``--publish-only`` then writes the tag folder from what is done.
+A warm-up takes an hour or so on two cores. It writes checkpoints, and the same command goes on with it; they are
+part of the repository, so that another machine can go on, too. Several processes may make different seeds at the same
+time; ``--publish-only`` then writes the tag folder from what is done. A warm-up that was interrupted leaves its best
+tags so far, which ``--unfinished`` takes in: the card says at which step it stands.
 """
 
 from __future__ import annotations
@@ -16,9 +18,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from icl_markup.card import PLACE
 from icl_markup.checkpoint import has_checkpoint
 from icl_markup.config import load_config
 from icl_markup.errors import MarkupError
+from icl_markup.hub import CARD
+from icl_markup.models import MODELS
 from icl_markup.tagfile import TagFile, load_model, read_tags, tags_of, write_tags
 from icl_markup.warmup import WarmupConfig, run_warmup
 
@@ -49,8 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=ENTRIES, help="the tags to make")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--runs", type=Path, default=Path("runs/zoo"), help="the folder of the warm-ups")
+    parser.add_argument("--runs", type=Path, default=Path("results/zoo/runs"), help="the folder of the warm-ups")
     parser.add_argument("--publish-only", action="store_true", help="warm nothing up")
+    parser.add_argument("--unfinished", action="store_true", help="take warm-ups in that were interrupted")
     parser.add_argument("--measured", type=Path, help="rows of results for the card (JSONL)")
     args = parser.parse_args(arguments)
     entry = ENTRIES[args.name]
@@ -59,9 +65,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for seed, folder in folders.items():
             run_warmup(config_of(entry, seed, folder))
     done = {seed: read_tags(folder / "tags") for seed, folder in folders.items() if (folder / "tags").is_dir()}
+    if not args.unfinished:
+        done = {seed: tags for seed, tags in done.items() if "stopped" not in tags.training}
     if not done:
         sys.exit(f"no warm-up of {args.name} has ended in {args.runs}")
-    print(write_tags(best_of(entry, done, measured(args.measured)), ZOO / args.name))
+    folder = write_tags(best_of(entry, done, measured(args.measured)), ZOO / args.name)
+    card = folder / CARD
+    card.write_text(card.read_text(encoding="utf-8").replace(PLACE, json.dumps(args.name)), encoding="utf-8")
+    print(folder)
 
 
 def config_of(entry: Entry, seed: int, folder: Path) -> WarmupConfig:
@@ -76,11 +87,13 @@ def best_of(entry: Entry, done: dict[int, TagFile], rows: tuple[dict[str, Any], 
     accuracy = {seed: round(float(tags.training["validation accuracy"]), 4) for seed, tags in done.items()}
     best = max(accuracy, key=accuracy.__getitem__)
     model = load_model(done[best])
+    model_of = MODELS[entry.backbone]
     training = {
         **done[best].training,
         "seeds tried": sorted(accuracy),
         "validation accuracy by seed": {str(seed): value for seed, value in accuracy.items()},
         "licenses of the data": licenses(load_config(WarmupConfig, RECIPE)),
+        "license of the backbone": f"{model_of.license}, {model_of.terms}",
         "made by": "scripts/make_zoo.py with configs/warmup.yaml",
     }
     # The ancestry is that of the warm-up; values and fingerprint are read off the model again.

@@ -28,7 +28,7 @@ from icl_markup.results import provenance, write_rows
 from icl_markup.stream import Position, Step
 
 KINDS = {
-    "attention": ("scaled_dot_product", "softmax", "bmm", "_Attention", "_Segments"),
+    "attention": ("scaled_dot_product", "softmax", "bmm"),
     "linear layers": ("addmm", "aten::mm", "linear", "mkldnn"),
     "casts and copies": ("copy_", "_to_copy", "clone", "contiguous", "aten::cat"),
     "table of tags": ("embedding", "aten::where", "masked_fill"),

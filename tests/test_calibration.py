@@ -106,7 +106,7 @@ def test_what_is_no_calibration_is_refused(bad: dict[str, object]) -> None:
 def test_none_of_the_above_keeps_its_odds_in_classifiers_as_in_experiments() -> None:
     names = ["weather", "lost card", "refund", NONE_OF_THE_ABOVE]
     rng = np.random.default_rng(0)
-    sample = log_softmax(rng.normal(size=(50, 4)) + [3.0, 0.0, -3.0, 0.0], axis=1)
+    sample = log_softmax(rng.normal(size=(50, 4)) + np.array([3.0, 0.0, -3.0, 0.0]), axis=1)
     labels = log_softmax(np.logaddexp.reduce(sample[:, :3], axis=0))
     prior = dict(zip(names, labels.tolist(), strict=False))
     assert Calibration(prior).applied(sample, names) == pytest.approx(without_prior(sample, sample, names))

@@ -79,7 +79,7 @@ def test_the_seed_with_the_best_validation_is_published(tmp_path: Path, make_zoo
         model = MarkupModel(backbone, seed=seed)
         model.save(tmp_path / str(seed), {"validation accuracy": accuracy, "tasks": ["x"]})
     done = {seed: read_tags(tmp_path / str(seed)) for seed in accuracies}
-    entry = make_zoo.Entry("tiny", "apache-2.0")
+    entry = make_zoo.Entry("smollm2", "apache-2.0")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(make_zoo, "load_model", lambda tags: MarkupModel(backbone, seed=int(tags.folder.name)))
         patch.chdir(SCRIPTS.parent)
@@ -112,3 +112,16 @@ def test_tags_of_the_zoo_answer_better_than_those_they_began_as(smollm2: Backbon
         for model in (MarkupModel.from_tags("smollm2", smollm2), MarkupModel(smollm2))
     )
     assert trained > untrained + 0.1
+
+
+def test_a_folder_of_the_same_name_is_not_passed_over_in_silence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = zoo_names()[0]
+    assert locate(name).folder == zoo_folder(name)
+    assert capsys.readouterr().err == ""
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "tags.json").write_text("{}")
+    assert locate(name).folder == zoo_folder(name)
+    assert f"write ./{name} for the folder here" in capsys.readouterr().err
