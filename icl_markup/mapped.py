@@ -6,13 +6,12 @@ Episodes drawn from them are those drawn from the same examples in memory.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, overload
 
 import numpy as np
-from numpy.typing import NDArray
 
-from icl_markup.store import BLOCK, REPEATED, Array, Store
+from icl_markup.store import KEPT, LATE, Array, Store
 from icl_markup.tasks import Example, Task, TaskChecks, Texts, dropped_note, duplicate_error, finished_task
 
 
@@ -56,30 +55,17 @@ class MappedExamples(Sequence[Example]):
 
     Args:
         store: where they lie.
-        split: the split.
         prefix: what stands before a line in an example's source.
-        wanted: of each of the store's labels whether its examples are among these.
+        rows: their rows in the store, ascending.
     """
 
-    def __init__(self, store: Store, split: str, prefix: str, wanted: NDArray[np.bool_]):
+    def __init__(self, store: Store, prefix: str, rows: Array):
         self._store = store
-        self._split = split
         self._prefix = prefix
-        self._wanted = wanted
-        self._range = store.splits[split]
-        # Which rows are among these is found out a block at a time; only how many a block has is kept of all.
-        self._ends = np.cumsum([len(self._kept(block)) for block in range(-(-len(self._range) // BLOCK))])
-        self._last: tuple[int, Array] | None = None
-
-    def _kept(self, block: int) -> Array:
-        """Return which rows of a block are among these."""
-        start = self._range.start + block * BLOCK
-        end = min(start + BLOCK, self._range.stop)
-        chosen = (self._store.states[start:end] <= REPEATED) & self._wanted[self._store.numbers[start:end]]
-        return start + np.flatnonzero(chosen)
+        self._rows = rows
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return len(self._rows)
 
     @overload
     def __getitem__(self, index: int) -> Example: ...
@@ -90,44 +76,41 @@ class MappedExamples(Sequence[Example]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return tuple(self[i] for i in range(*index.indices(len(self))))
-        place = range(len(self))[index]
-        block = int(np.searchsorted(self._ends, place, side="right"))
-        last = self._last
-        if last is None or last[0] != block:
-            last = self._last = block, self._kept(block)
-        row = int(last[1][place - int(self._ends[block])])
-        return Example(self._store.text(row), self._label(row), self.source(row))
-
-    def __iter__(self) -> Iterator[Example]:
-        for block in range(len(self._ends)):
-            for row in self._kept(block).tolist():
-                yield Example(self._store.text(row), self._label(row), self.source(row))
-
-    def _label(self, row: int) -> str:
-        return self._store.labels[int(self._store.numbers[row])]
+        row = int(self._rows[index])
+        return Example(self._store.text(row), self._store.labels[int(self._store.numbers[row])], self.source(row))
 
     def source(self, row: int) -> str:
         """Return where a row of the store was read."""
         return f"{self._prefix}{int(self._store.lines[row])}"
 
-    def _arranged(self, *, distinct: bool) -> dict[str, MappedTexts]:
-        found = self._store.arranged(self._split, distinct=distinct)
-        labels = np.flatnonzero((np.diff(found.starts) > 0) & self._wanted)
-        first = np.argsort(found.rows[found.starts[labels]])
-        return {self._store.labels[i]: MappedTexts(self._store, found.of(i)) for i in labels[first].tolist()}
+    def numbers(self) -> Array:
+        """Return the label of each example, by its number in the store."""
+        return np.asarray(self._store.numbers[self._rows])
+
+    def last(self) -> dict[str, str]:
+        """Return where the last example of each label was read."""
+        return {self._store.labels[i]: self.source(int(rows[-1])) for i, rows in self._of_labels(self._rows)}
+
+    def _of_labels(self, rows: Array) -> list[tuple[int, Array]]:
+        """Return labels in the order in which they first appear, each with its rows."""
+        order = np.argsort(self._store.numbers[rows], kind="stable")
+        labels, starts = np.unique(self._store.numbers[rows][order], return_index=True)
+        parts = np.split(rows[order], starts[1:]) if len(labels) else []
+        return sorted(zip(labels.tolist(), parts, strict=True), key=lambda item: int(item[1][0]))
 
     def by_label(self) -> dict[str, Sequence[str]]:
         """Return the texts of each label, labels in the order in which they first appear."""
-        return dict(self._arranged(distinct=False))
+        return {self._store.labels[i]: MappedTexts(self._store, rows) for i, rows in self._of_labels(self._rows)}
 
     def distinct(self) -> dict[str, Texts]:
         """Return the same, a text that stands twice at one label only once, in its first place."""
-        return dict(self._arranged(distinct=True))
+        kept = self._rows[self._store.states[self._rows] == KEPT]
+        return {self._store.labels[i]: MappedTexts(self._store, rows) for i, rows in self._of_labels(kept)}
 
     def keeping(self, wanted: Callable[[str], bool]) -> MappedExamples:
         """Return the examples whose label is wanted."""
-        chosen = self._wanted & np.array([wanted(label) for label in self._store.labels], dtype=bool)
-        return MappedExamples(self._store, self._split, self._prefix, chosen)
+        chosen = np.array([wanted(label) for label in self._store.labels], dtype=bool)
+        return MappedExamples(self._store, self._prefix, self._rows[chosen[self.numbers()]])
 
 
 def mapped_task(
@@ -154,8 +137,10 @@ def mapped_task(
     Raises:
         TaskError: a defect that `checks` does not allow to be dropped; the message names file and line.
     """
-    every = np.ones(len(store.labels), dtype=bool)
-    splits = {split: MappedExamples(store, split, prefixes[split], every) for split in store.splits}
+    splits = {
+        split: MappedExamples(store, prefixes[split], rows.start + np.flatnonzero(_states(store, rows) != LATE))
+        for split, rows in store.splits.items()
+    }
     if store.clash is not None and checks.duplicates == "error":
         (late, source), (first, first_source) = (_place(splits, store, row) for row in store.clash)
         raise duplicate_error(name, late, source, first, first_source)
@@ -163,13 +148,16 @@ def mapped_task(
     notes = tuple(dropped_note(count, split) for split, count in gone.items() if count)
     counts: dict[str, int] = {}
     last: dict[str, str] = {}
-    for split, examples in splits.items():
-        found = store.arranged(split, distinct=False)
-        sizes = np.diff(found.starts)
+    for examples in splits.values():
+        sizes = np.bincount(examples.numbers(), minlength=len(store.labels))
         counts = counts or dict(zip(store.labels, sizes.tolist(), strict=True))
-        last |= {store.labels[i]: examples.source(int(found.of(i)[-1])) for i in np.flatnonzero(sizes).tolist()}
+        last |= examples.last()
     task = Task(name, (), splits, descriptions, description, oos_label, notes)
     return finished_task(task, counts, last, checks)
+
+
+def _states(store: Store, rows: range) -> Array:
+    return np.asarray(store.states[rows.start : rows.stop])
 
 
 def _place(splits: Mapping[str, MappedExamples], store: Store, row: int) -> tuple[str, str]:

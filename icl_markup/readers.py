@@ -24,7 +24,7 @@ from icl_markup.text import is_encodable
 MOST_HELD = 2**26
 """A task of more bytes is left on disk unless its source says otherwise: in memory it takes several times as many."""
 
-_STORE_VERSION = 1
+_STORE_VERSION = 2
 
 _SPLIT_ORDER = ("train", "validation", "dev", "test")
 

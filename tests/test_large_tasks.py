@@ -16,7 +16,6 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import icl_markup.mapped as mapped
 import icl_markup.store as store
 from icl_markup.backbone import Backbone
 from icl_markup.classifier import MarkupClassifier
@@ -48,13 +47,11 @@ DROP = TaskChecks(min_examples=3, rare_labels="drop", duplicates="drop")
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Stores go into a folder of the test, and take several blocks, and several parts to sort, for few rows."""
+    """Stores go into a folder of the test, and take several blocks for few rows."""
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(store, "BLOCK", 16)
-    monkeypatch.setattr(mapped, "BLOCK", 16)
-    monkeypatch.setattr(store, "_SORTED", 40)
 
 
 def rows(seed: int = 0, labels: int = 12) -> dict[str, list[dict[str, str]]]:
