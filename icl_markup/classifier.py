@@ -33,6 +33,7 @@ from icl_markup.errors import ConfigError, PromptError, nearest
 from icl_markup.loading import BackboneConfig
 from icl_markup.model import MarkupModel
 from icl_markup.prefixes import MOST_BYTES
+from icl_markup.priors import Prior
 from icl_markup.prompt import Prompt
 from icl_markup.quantisation import Quantisation
 from icl_markup.retrievers import Retriever, retriever_named
@@ -80,7 +81,8 @@ class MarkupClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         options: labels a prompt, where they are chosen.
         demos: demonstrations a prompt, where they are chosen.
         calibration: ``none``; ``contextual``, ``domain`` or ``unconditional``: by a prior that the model is asked for
-            (`icl_markup.priors`); ``batch``: by the mean over texts given to `calibrate` (Zhou et al. 2024).
+            (`icl_markup.priors`); ``auto``: one of these, as the tags have it (`MarkupModel.prior`); ``batch``: by the
+            mean over texts given to `calibrate` (Zhou et al. 2024).
         n_permutations: orders of the options over which probabilities are averaged, against position bias.
         most_tokens: a text with more tokens is cut to so many.
         batch_tokens: the most tokens of one forward pass, padding included.
@@ -114,7 +116,7 @@ class MarkupClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         retriever_weight: float | Literal["auto"] = "auto",
         options: int = 10,
         demos: int = 20,
-        calibration: Literal["none", "contextual", "domain", "unconditional", "batch"] = "none",
+        calibration: Literal["auto", "none", "contextual", "domain", "unconditional", "batch"] = "auto",
         n_permutations: int = 1,
         most_tokens: int = 256,
         batch_tokens: int = 4096,
@@ -400,10 +402,15 @@ class MarkupClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             most_demos=self.demos,
             weight=float(weight),
             n_permutations=self.n_permutations,
-            prior="none" if self.calibration == "batch" else self.calibration,
+            prior=self._prior(model),
             seed=self.random_state,
             task_description=self.task_description,
         )
+
+    def _prior(self, model: MarkupModel) -> Prior:
+        if self.calibration == "auto":
+            return model.prior
+        return "none" if self.calibration == "batch" else self.calibration
 
     def _retriever(self, model: MarkupModel) -> Retriever:
         """Return the retriever of before, which has read its texts, unless it would be another one now."""

@@ -24,7 +24,7 @@ _MOST_CHARACTERS = 32
 _CHOICES = {
     "quantisation": get_args(Quantisation),
     "none_of_the_above": (None, "option", "threshold"),
-    "calibration": ("none", "contextual", "domain", "unconditional", "batch"),
+    "calibration": ("auto", "none", "contextual", "domain", "unconditional", "batch"),
 }
 _LEAST = {"options": 2, "demos": 1, "n_permutations": 1, "most_tokens": 1, "batch_tokens": 1, "cache_bytes": 0}
 

@@ -20,7 +20,7 @@ from icl_markup.export_cli import add_commands as add_export_commands
 from icl_markup.models import DEFAULT
 from icl_markup.models_cli import add_command as add_models
 from icl_markup.plan_cli import add_command as add_plan
-from icl_markup.priors import Prior
+from icl_markup.priors import PriorChoice
 from icl_markup.processes import is_first, leave, let_the_first_speak
 from icl_markup.quantisation import add_argument as add_quantisation
 from icl_markup.serve import add_arguments as add_serve_arguments
@@ -134,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--file", help="a text a line, or .jsonl, .csv, .tsv, .parquet; - or nothing: standard input")
     predict.add_argument("--text-column", default="text", help="where a file of rows has its texts")
     predict.add_argument("--out", help="a JSONL file; if it exists, answers go on after its last one")
-    predict.add_argument("--calibration", choices=get_args(Prior), default="none",
+    predict.add_argument("--calibration", choices=get_args(PriorChoice), default="auto",
                          help="divide out what labels get without evidence: from texts without content in the same "
                          "prompt (contextual) or in one without options and demonstrations (unconditional), or from "
                          "random words (domain)")  # fmt: skip
@@ -205,7 +205,7 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--validation", help="a file as the examples: learns temperature and threshold; its label "
                         "'none of the above' marks texts that no label fits")  # fmt: skip
     parser.add_argument("--none-of-the-above", choices=["option", "threshold"])
-    parser.add_argument("--calibration", choices=[*get_args(Prior), "batch"], default="none")
+    parser.add_argument("--calibration", choices=[*get_args(PriorChoice), "batch"], default="auto")
     parser.add_argument("--retriever", choices=["backbone", "bm25", "embedding"], default="backbone")
     parser.add_argument("--permutations", type=int, default=1, help="orders of the options to average over")
     parser.add_argument("--cache-mib", type=int, default=1024, help="MiB of what prompts of a causal backbone begin "

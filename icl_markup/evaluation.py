@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from scipy import stats
 
 from icl_markup.episodes import Episode, EpisodeConfig, EpisodeSampler
 from icl_markup.errors import PromptError
 from icl_markup.model import MarkupModel
+from icl_markup.priors import Prior, log_probs_of
 from icl_markup.processes import Processes
 from icl_markup.tasks import Task
 
@@ -77,25 +77,34 @@ def draw_episodes(
     return [sampler.episode(0, position) for position in range(episodes)]
 
 
-def answer_queries(model: MarkupModel, episodes: Sequence[Episode], batch_tokens: int = 2048) -> Answers:
+def answer_queries(
+    model: MarkupModel, episodes: Sequence[Episode], batch_tokens: int = 2048, prior: Prior = "none"
+) -> Answers:
     """Answer every query of every episode.
+
+    Args:
+        model: the model.
+        episodes: the episodes.
+        batch_tokens: the most tokens of one forward pass.
+        prior: what is divided out of the answers (`icl_markup.priors`).
 
     Raises:
         PromptError: a query's right answer is not known, or a prompt cannot be composed.
     """
     correct, loss, shortened, dropped = [], [], 0, 0
-    for episode, found in zip(episodes, model.scores(episodes, batch_tokens), strict=True):
-        for query, one in zip(episode.queries, found, strict=True):
+    for episode, found in zip(episodes, log_probs_of(model, episodes, prior, batch_tokens), strict=True):
+        for query, log_probs in zip(episode.queries, found.log_probs, strict=True):
             if query.answer is None:
                 raise PromptError(f"the query {query.text[:60]!r} has no right answer to compare with")
-            log_probs = one.scores.double().log_softmax(-1)
-            correct.append(int(torch.argmax(log_probs)) == query.answer)
+            correct.append(int(np.argmax(log_probs)) == query.answer)
             loss.append(-float(log_probs[query.answer]))
-            shortened, dropped = shortened + one.shortened, dropped + one.dropped
+        shortened, dropped = shortened + sum(found.shortened), dropped + sum(found.dropped)
     return Answers(np.array(correct, dtype=bool), np.array(loss), shortened, dropped)
 
 
-def answer_together(model: MarkupModel, episodes: Sequence[Episode], batch_tokens: int = 2048) -> Answers:
+def answer_together(
+    model: MarkupModel, episodes: Sequence[Episode], batch_tokens: int = 2048, prior: Prior = "none"
+) -> Answers:
     """Answer as `answer_queries` does, each process of `accelerate launch` its part of the episodes.
 
     Every process gets all answers, the same to the bit; those of another number of processes differ by rounding, as
@@ -105,8 +114,8 @@ def answer_together(model: MarkupModel, episodes: Sequence[Episode], batch_token
         PromptError: as `answer_queries`, in every process.
     """
     if model.backbone.is_sharded:
-        return answer_queries(model, episodes, batch_tokens)
-    found = Processes.here().share(episodes, lambda part: answer_queries(model, part, batch_tokens))
+        return answer_queries(model, episodes, batch_tokens, prior)
+    found = Processes.here().share(episodes, lambda part: answer_queries(model, part, batch_tokens, prior))
     return Answers(
         np.concatenate([one.correct for one in found]),
         np.concatenate([one.loss for one in found]),

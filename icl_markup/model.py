@@ -25,7 +25,7 @@ from icl_markup.markup import Markup
 from icl_markup.models import DEFAULT
 from icl_markup.names import name_scores, name_tokens
 from icl_markup.prefixes import PrefixCache
-from icl_markup.priors import Prior, log_probs_of, names_of
+from icl_markup.priors import Prior, PriorChoice, log_probs_of, names_of
 from icl_markup.prompt import Prompt
 from icl_markup.scoring import QueryScores, score_queries
 from icl_markup.tags import Initialisation, Tag, TagTable, initial_rows
@@ -219,6 +219,18 @@ class MarkupModel:
         """Whether option symbols or whole names are read."""
         return self.markup.answers
 
+    @property
+    def prior(self) -> Prior:
+        """How the prior of the labels is found unless a caller says otherwise: what a warm-up's validation chose.
+
+        Without one, contextual calibration for names, of which a model favors the common and the short, and none for
+        symbols.
+        """
+        chosen = self.origin.training.get("calibration") if self.origin is not None else None
+        if chosen is None:
+            chosen = "contextual" if self.answers == "names" else "none"
+        return "contextual" if chosen == "contextual" else "none"
+
     def _markup_for(self, answers: Answers) -> Markup:
         backbone = self.backbone
         return Markup(
@@ -295,7 +307,7 @@ class MarkupModel:
         *,
         none_of_the_above: bool = False,
         task_description: str = "",
-        calibration: Prior = "none",
+        calibration: PriorChoice = "auto",
         batch_tokens: int = 2048,
     ) -> list[Prediction]:
         """Classify texts, given label names and, optionally, demonstrations; nothing is trained.
@@ -306,7 +318,8 @@ class MarkupModel:
             demos: pairs of text and label.
             none_of_the_above: offer that as a last option.
             task_description: for templates with the field ``{task}``.
-            calibration: how the prior of the labels is found, which is divided out (`icl_markup.priors`).
+            calibration: how the prior of the labels is found, which is divided out (`icl_markup.priors`); ``auto``:
+                `prior`.
             batch_tokens: the most tokens a batch may hold, padding included.
 
         Returns:
@@ -324,9 +337,12 @@ class MarkupModel:
         asked = Episode(episode.options, episode.demos, queries, "", task_description)
         return self.predictions(asked, batch_tokens, calibration)
 
-    def predictions(self, episode: Episode, batch_tokens: int = 2048, calibration: Prior = "none") -> list[Prediction]:
+    def predictions(
+        self, episode: Episode, batch_tokens: int = 2048, calibration: PriorChoice = "auto"
+    ) -> list[Prediction]:
         """Answer every query of an episode, one `Prediction` each; arguments and errors as in `classify`."""
-        [found] = log_probs_of(self, [episode], calibration, batch_tokens)
+        prior = self.prior if calibration == "auto" else calibration
+        [found] = log_probs_of(self, [episode], prior, batch_tokens)
         names = names_of(episode)
         answers = []
         for i, query in enumerate(episode.queries):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from icl_markup.episodes import Episode, Query
 from icl_markup.errors import MarkupError, PromptError
 from icl_markup.model import MarkupModel
-from icl_markup.priors import Prior
+from icl_markup.priors import PriorChoice
 from icl_markup.rows import KINDS, rows_of
 from icl_markup.text import is_encodable
 
@@ -137,7 +137,7 @@ class _Chunks:
 
 
 def ask_model(
-    model: MarkupModel, episode: Episode, batch_tokens: int, top: int | None = None, calibration: Prior = "none"
+    model: MarkupModel, episode: Episode, batch_tokens: int, top: int | None = None, calibration: PriorChoice = "auto"
 ) -> Ask:
     """Return a function that asks a model with one episode's options and demonstrations.
 
@@ -146,7 +146,8 @@ def ask_model(
         episode: options and demonstrations; its queries are ignored.
         batch_tokens: the most tokens of one forward pass, padding included.
         top: give the probabilities of so many labels, the largest first; None: of all, in their order.
-        calibration: how the prior of the labels is found, which is divided out (`icl_markup.priors`).
+        calibration: how the prior of the labels is found, which is divided out (`icl_markup.priors`); ``auto``: as the
+            model has it.
     """
 
     def ask(texts: list[str]) -> list[Answer]:

@@ -32,6 +32,9 @@ Prior = Literal["none", "contextual", "domain", "unconditional"]
 domain in the same prompt; from content-free texts in a prompt without options and demonstrations, which is the same
 for every text."""
 
+PriorChoice = Literal["auto", "none", "contextual", "domain", "unconditional"]
+"""The same, or what suits the model: `MarkupModel.prior`."""
+
 CONTENT_FREE = ("N/A", "[MASK]", "...")
 """Texts without content (Zhao et al. 2021, whose third is the empty text; a prompt here needs one)."""
 

@@ -76,7 +76,7 @@ def ask_for(args: argparse.Namespace) -> Ask:
             raise PromptError(f"--{name.replace('_', '-')} {value}: give a number of at least 1")
     if args.classifier and args.answers != "auto":
         raise PromptError("--classifier brings its own answers; omit --answers")
-    if args.classifier and args.calibration != "none":
+    if args.classifier and args.calibration != "auto":
         raise PromptError("--classifier brings its own calibration; omit --calibration")
     if not args.classifier:
         batch_tokens = args.batch_tokens or 2048

@@ -28,6 +28,7 @@ from icl_markup.lock import only_run
 from icl_markup.model import MarkupModel
 from icl_markup.optimisation import Launched, TagOptimiser
 from icl_markup.preparation import prepared
+from icl_markup.priors import Prior
 from icl_markup.processes import Processes
 from icl_markup.quantisation import check_gradients
 from icl_markup.readers import read_task, without_storage
@@ -163,7 +164,7 @@ class _Warmup:
                 raise WarmupError("the backbone's weights changed during the warm-up; the tags were not saved")
             if not torch.equal(self.table.frozen, self.kept):
                 raise WarmupError("frozen tags changed during the warm-up; the tags were not saved")
-            summary = self._summary()
+            summary = {**self._summary(), **self._calibration()}
             self._save_best(summary)
             self.table.freeze(())
             self.accelerator.wait_for_everyone()
@@ -283,14 +284,8 @@ class _Warmup:
     def _validate(self) -> None:
         if not self.validation_tasks:
             return
-        plan, state = self.config.validation, self.progress
-        accuracy, loss = [], []
-        for task in self.validation_tasks:
-            sampler = EpisodeSampler([task], plan.episode_config, seed=self.config.seed)
-            drawn = [sampler.episode(0, i) for i in range(plan.episodes)]
-            answers = answer_together(self.model, drawn, self.config.optimiser.batch_tokens)
-            accuracy.append(float(answers.correct.mean()))
-            loss.append(float(answers.loss.mean()))
+        state = self.progress
+        accuracy, loss = self._validated("none")
         mean, mean_loss = sum(accuracy) / len(accuracy), sum(loss) / len(loss)
         by_task = {f"validation_{t.name}": a for t, a in zip(self.validation_tasks, accuracy, strict=True)}
         self._log({"step": state.step, "validation_accuracy": mean, "validation_loss": mean_loss, **by_task})
@@ -300,6 +295,35 @@ class _Warmup:
             self.best = self.table.rows.detach().clone()
         else:
             state.stale += 1
+
+    def _validated(self, prior: Prior) -> tuple[list[float], list[float]]:
+        """Return accuracy and loss on each validation task, with a prior divided out."""
+        plan = self.config.validation
+        accuracy, loss = [], []
+        for task in self.validation_tasks:
+            sampler = EpisodeSampler([task], plan.episode_config, seed=self.config.seed)
+            drawn = [sampler.episode(0, i) for i in range(plan.episodes)]
+            answers = answer_together(self.model, drawn, self.config.optimiser.batch_tokens, prior)
+            accuracy.append(float(answers.correct.mean()))
+            loss.append(float(answers.loss.mean()))
+        return accuracy, loss
+
+    def _calibration(self) -> dict[str, Any]:
+        """Return whether the best tags answer the validation tasks better with contextual calibration."""
+        if not self.validation_tasks:
+            return {}
+        now = self.table.rows.detach().clone()
+        with torch.no_grad():
+            self.table.rows.copy_(self.best)
+        accuracy, _ = self._validated("contextual")
+        with torch.no_grad():
+            self.table.rows.copy_(now)
+        mean = sum(accuracy) / len(accuracy)
+        better = mean > self.progress.best_accuracy
+        return {
+            "calibration": "contextual" if better else "none",
+            "validation accuracy with contextual calibration": mean,
+        }
 
     def _out_of_patience(self) -> bool:
         patience = self.config.validation.patience

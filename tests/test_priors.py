@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from icl_markup import warmup as warmup_module
 from icl_markup.classifier import MarkupClassifier
 from icl_markup.cli import main
 from icl_markup.episodes import Demo, Episode, Option, Query
@@ -15,7 +17,9 @@ from icl_markup.model import MarkupModel
 from icl_markup.predict import ask_model
 from icl_markup.priors import CONTENT_FREE, log_probs_of, without_prior
 from icl_markup.tasks import NONE_OF_THE_ABOVE
-from tests.conftest import stand_in, tiny_backbone
+from icl_markup.warmup import run_warmup
+from icl_markup.warmup_config import OptimiserConfig, WarmupConfig
+from tests.conftest import stand_in, tiny_backbone, tiny_task
 
 OPTIONS = (Option("lost card"), Option("opening hours"), Option("complaint"))
 DEMOS = (Demo("I lost my card", 0), Demo("when do you open", 1))
@@ -84,7 +88,9 @@ def test_models_predictions_and_classifiers_divide_out_the_same(prior: str) -> N
     assert np.array([list(one["probabilities"].values()) for one in asked]) == pytest.approx(wanted, abs=1e-6)
     classifier = MarkupClassifier(model, calibration=prior)  # type: ignore[arg-type]
     classifier.fit([*[text for text, _ in demos], "bad service"], [*[label for _, label in demos], "complaint"])
-    plain = MarkupClassifier(model).fit(classifier.texts_, [classifier.labels()[i] for i in classifier.labels_])
+    plain = MarkupClassifier(model, calibration="none").fit(
+        classifier.texts_, [classifier.labels()[i] for i in classifier.labels_]
+    )
     assert classifier.predict_proba(texts).sum(axis=1) == pytest.approx(1)
     assert np.abs(classifier.predict_proba(texts) - plain.predict_proba(texts)).max() > 1e-6
 
@@ -96,7 +102,32 @@ def test_the_command_divides_out_what_is_asked(
     monkeypatch.setattr("icl_markup.tagfile.Backbone.load", staticmethod(lambda _config: stand_in()))
     given = ["predict", "--tags", str(folder), "--labels", "lost card", "opening hours"]
     found = []
-    for more in ([], ["--calibration", "contextual"], ["--calibration", "unconditional"]):
+    for prior in ("none", "contextual", "unconditional", "auto"):
+        more = ["--calibration", prior]
         assert main([*given, *more, "--", "where is my card"]) == 0
         found.append(json.loads(capsys.readouterr().out)["probabilities"]["lost card"])
-    assert len(set(found)) == 3
+    assert len(set(found[:3])) == 3
+    assert found[3] == found[1], "names are calibrated by default"
+
+
+@pytest.mark.parametrize(("kind", "prior"), [("llama", "contextual"), ("bert", "none")])
+def test_names_are_calibrated_by_default_and_symbols_are_not(kind: str, prior: str) -> None:
+    model = MarkupModel(tiny_backbone(kind))
+    assert model.prior == prior
+    assert model.predictions(EPISODE) == model.predictions(EPISODE, calibration=prior)  # type: ignore[arg-type]
+
+
+def test_a_warm_up_chooses_by_its_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for better in ("none", "contextual"):
+
+        def told(self: object, prior: str, better: str = better) -> tuple[list[float], list[float]]:
+            return ([0.9] if prior == better else [0.5]), [1.0]
+
+        with monkeypatch.context() as patch:
+            patch.setattr(warmup_module._Warmup, "_validated", told)
+            plan = OptimiserConfig(steps=1, batch_tokens=400, window=4)
+            config = WarmupConfig(tasks=[], output=str(tmp_path / better), optimiser=plan)
+            given = {"tasks": [tiny_task()], "validation_tasks": [tiny_task("v")], "backbone": tiny_backbone("llama")}
+            model = run_warmup(config, **given, progress=False).model  # type: ignore[arg-type]
+        assert model.prior == better
+        assert MarkupModel.from_tags(tmp_path / better / "tags", tiny_backbone("llama")).prior == better
