@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from icl_markup.config import load_config
 from icl_markup.embedded import quickstart_config, sample_folders
+from icl_markup.episodes import Episode
 from icl_markup.errors import WarmupError
 from icl_markup.evaluation import Estimate, answer_queries, chance, draw_episodes, estimate
 from icl_markup.model import MarkupModel
@@ -75,7 +76,8 @@ def run_quickstart(
     tasks = [read_task(path) for path in sample_folders("unseen")]
     console.print(
         f"\nMeasuring on {len(tasks)} unseen tasks, {episodes} episodes of {QUERIES} texts each: {N_WAY} options, "
-        f"{K_SHOT} demonstration a label."
+        f"{K_SHOT} demonstration a label. "
+        "Each method is calibrated as it is by default (for answers in words: contextual calibration)."
     )
     measured = [_measure(task, methods, episodes) for task in tqdm(tasks, desc="unseen tasks", unit="task")]
     console.print(_table(measured, len(methods["plain"])))
@@ -120,10 +122,15 @@ def _methods(model: MarkupModel) -> dict[str, list[MarkupModel]]:
 def _measure(task: Task, methods: dict[str, list[MarkupModel]], episodes: int) -> _Measured:
     drawn = draw_episodes(task, n_way=N_WAY, k_shot=K_SHOT, episodes=episodes, seed=0, queries=QUERIES)
     correct = {
-        name: np.concatenate([answer_queries(m, drawn).correct.reshape(episodes, QUERIES).T for m in models])
+        name: np.concatenate([_answered(m, drawn).reshape(episodes, QUERIES).T for m in models])
         for name, models in methods.items()
     }
     return _Measured(task.name, chance(drawn).mean, correct)
+
+
+def _answered(model: MarkupModel, episodes: Sequence[Episode]) -> NDArray[np.bool_]:
+    """Return which queries a model answers rightly, calibrated as it is if nobody says otherwise."""
+    return answer_queries(model, episodes, prior=model.prior).correct
 
 
 def _table(measured: list[_Measured], wordings: int) -> Table:
