@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 
 import icl_markup.gguf as reading
 from icl_markup.backbone import Backbone, BackboneConfig
-from icl_markup.cache import VARIABLE, cache_folder, checksum_of
+from icl_markup.cache import MARKER, VARIABLE, cache_folder, checksum_of
 from icl_markup.cli import main
 from icl_markup.errors import BackboneError
 from icl_markup.gguf import transformers_folder
@@ -275,6 +276,55 @@ def test_the_missing_package_is_named(
         transformers_folder(str(path))
 
 
+_LIMITED = """
+import resource, sys, transformers
+from icl_markup.errors import BackboneError
+from icl_markup.gguf import transformers_folder
+if sys.argv[3] == "tokenizer":
+    transformers.PreTrainedModel.save_pretrained = lambda *_, **__: None
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
+try:
+    transformers_folder(sys.argv[1])
+except BackboneError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(("what", "limit"), [("weights", 60_000), ("settings", 400), ("tokenizer", 5_000)])
+def test_a_limit_of_the_system_is_one_clear_error(
+    what: str, limit: int, cache: Path, content: Written, tmp_path: Path
+) -> None:
+    path = write_gguf(tmp_path / "m.gguf", content)
+    checksum = checksum_of(path)
+    command = [sys.executable, "-B", "-c", _LIMITED, str(path), str(limit), what]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    told = f"{cache}/gguf/{checksum}-1: the cache cannot be written: File too large; make room, or set {VARIABLE} to "
+    assert done.stdout.startswith(told) and done.stdout.count("\n") == 1, (done.stdout, done.stderr)
+    assert [entry.name for entry in (cache / "gguf").iterdir() if entry.is_dir()] == []
+    assert (transformers_folder(str(path)) / "tokenizer.json").is_file()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A cache on a file system of its own, of 200 kB, less than the weights take in fp32."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(place)]
+    if os.geteuid() != 0 or shutil.which("mount") is None or subprocess.run(command, check=False).returncode:
+        pytest.skip("no file system can be mounted here")
+    monkeypatch.setenv(VARIABLE, str(place))
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_full_disk_is_one_clear_error(small_disk: Path, content: Written, tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", content)
+    told = f"{small_disk}/gguf/.*: the cache cannot be written: No space left on device; make room, or set {VARIABLE} "
+    with pytest.raises(BackboneError, match=told):
+        transformers_folder(str(path))
+    assert [entry.name for entry in (small_disk / "gguf").iterdir() if entry.is_dir()] == []
+
+
 def test_an_error_in_the_middle_leaves_nothing(
     cache: Path, content: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -311,6 +361,35 @@ def test_a_killed_process_leaves_nothing_that_is_taken_for_a_model(
     assert left.name.endswith(".part")
     folder = transformers_folder(str(path))
     assert (folder / "tokenizer.json").is_file()
+    assert [entry for entry in (cache / "gguf").iterdir() if entry.is_dir()] == [folder]
+
+
+def _without_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def _cut(folder: Path) -> None:
+    os.truncate(folder / "model.safetensors", 1000)
+
+
+def _unmarked(folder: Path) -> None:
+    (folder / MARKER).unlink()
+
+
+def _odd(folder: Path) -> None:
+    (folder / MARKER).write_text('{"sizes": [1]}')
+
+
+@pytest.mark.parametrize("damage", [_without_weights, _cut, _unmarked, _odd])
+def test_a_folder_that_is_not_whole_is_made_again(
+    damage: Callable[[Path], None], cache: Path, content: Written, tmp_path: Path
+) -> None:
+    path = write_gguf(tmp_path / "m.gguf", content)
+    folder = transformers_folder(str(path))
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    damage(folder)
+    assert transformers_folder(str(path)) == folder
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
     assert [entry for entry in (cache / "gguf").iterdir() if entry.is_dir()] == [folder]
 
 

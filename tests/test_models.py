@@ -108,6 +108,52 @@ def test_a_damaged_piece_is_refused_and_leaves_nothing(
     assert not model.is_dequantized
 
 
+def test_what_a_killed_process_joined_is_compared_before_it_is_used(
+    site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, pieces = named(tmp_path, monkeypatch)
+    for package, piece in zip(model.packages, pieces, strict=True):
+        install(site, package, piece)
+    whole = models._file_of(model)
+    assert whole.read_bytes() == b"".join(pieces)
+    damaged = bytearray(whole.read_bytes())
+    damaged[-1] ^= 1
+    whole.write_bytes(damaged)  # of the same size
+    assert models._file_of(model).read_bytes() == b"".join(pieces)
+
+    seen = whole.stat().st_ino
+    assert models._file_of(model).stat().st_ino == seen, "what is right is not joined again"
+
+
+def test_what_a_killed_process_joined_is_removed_once_the_folder_is_there(
+    site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, pieces = named(tmp_path, monkeypatch)
+    for package, piece in zip(model.packages, pieces, strict=True):
+        install(site, package, piece)
+    resolve("tiny")
+    joined = models._file_of(model).parent  # as if the process had been killed before it removed this
+    part = joined.with_name(f".{joined.name}.abc.part")
+    part.mkdir()
+    assert model.is_dequantized
+    assert resolve("tiny") == str(folder_of(model.checksum))
+    assert not joined.exists() and not part.exists()
+
+
+def test_a_model_whose_folder_is_damaged_is_made_again(
+    site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, pieces = named(tmp_path, monkeypatch)
+    for package, piece in zip(model.packages, pieces, strict=True):
+        install(site, package, piece)
+    weights = Path(resolve("tiny")) / "model.safetensors"
+    size = weights.stat().st_size
+    weights.unlink()
+    assert not model.is_dequantized
+    resolve("tiny")
+    assert weights.stat().st_size == size
+
+
 def test_a_model_that_is_not_installed_is_the_hubs(site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = named(tmp_path, monkeypatch)
     assert resolve("tiny") == "user/tiny"
