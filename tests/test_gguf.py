@@ -204,6 +204,33 @@ ERRORS = {
     ),
     "an architecture that nobody reads": (_architecture, "architecture 'mpt'"),
     "no weights": (lambda content: content.tensors.clear(), "holds no weights"),
+    "parts that are no number": (_with("split.count", "three"), r"its split\.count is 'three', not a number"),
+    "a BOS beyond the tokens": (
+        lambda content: content.fields.update({
+            "tokenizer.ggml.bos_token_id": 99_999, "tokenizer.ggml.add_bos_token": True
+        }), r"its tokenizer\.ggml\.bos_token_id is 99999, but it has \d+ tokens"
+    ),
+    "a BOS that is a text": (
+        lambda content: content.fields.update({
+            "tokenizer.ggml.bos_token_id": "<s>", "tokenizer.ggml.add_bos_token": True
+        }), r"its tokenizer\.ggml\.bos_token_id is '<s>', but it has"
+    ),
+    "an EOS beyond the tokens": (_with("tokenizer.ggml.eos_token_id", 99_999), "eos_token_id is 99999, but it has"),
+    "merges that are numbers": (
+        _with("tokenizer.ggml.merges", [1, 2]), r"value 0 of its tokenizer\.ggml\.merges is 1, not a text"
+    ),
+    "merges that are a text": (_with("tokenizer.ggml.merges", "a b"), "ggml.merges is 'a b', not a list"),
+    "tokens that are numbers": (_with("tokenizer.ggml.tokens", [1, 2]), "tokens is 1, not a text"),
+    "types that are texts": (
+        lambda content: content.fields.update({
+            "tokenizer.ggml.token_type": ["1"] * len(content.fields["tokenizer.ggml.tokens"])
+        }), "token_type is '1', not a number"
+    ),
+    "fewer layers than it holds": (
+        _with("llama.block_count", 1), r"says that it has 1 layers \(llama\.block_count\), but holds 2"
+    ),
+    "no number of layers": (_without("llama.block_count"), "does not say how many layers"),
+    "layers that are no number": (_with("llama.block_count", "two"), r"llama\.block_count is 'two', not a number"),
     "a missing layer": (lambda content: content.tensors.pop("blk.1.ffn_up"), "finds no weights for"),
     "fewer rows than tokens": (
         lambda content: content.tensors.update(token_embd=content.tensors["token_embd"][:400]), "m.gguf: "
