@@ -172,9 +172,15 @@ def resolve(name: str, revision: str | None = None) -> str:
         revision: a commit, tag or branch of the hub.
 
     Raises:
-        BackboneError: a GGUF file cannot be read, or parts of a named model are missing or damaged.
+        BackboneError: a GGUF file cannot be read, parts of a named model are missing or damaged, or it is given a
+            revision.
     """
     if name in MODELS:
+        if revision is not None:
+            raise BackboneError(
+                f"backbone {name!r}: short names have one version; give the hub's name, {MODELS[name].hub}, for a "
+                f"revision, or leave revision {revision!r} away"
+            )
         return _resolve_named(MODELS[name])
     if is_gguf(name) and not Path(name).is_dir():
         return str(transformers_folder(name, revision))

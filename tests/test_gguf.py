@@ -420,6 +420,15 @@ def test_a_folder_that_is_not_whole_is_made_again(
     assert [entry for entry in (cache / "gguf").iterdir() if entry.is_dir()] == [folder]
 
 
+def test_damage_that_leaves_sizes_is_named_with_the_folder(cache: Path, content: Written, tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", content)
+    weights = transformers_folder(str(path)) / "model.safetensors"
+    weights.write_bytes(bytes(weights.stat().st_size))
+    told = f"{weights}: damaged, or not whole: .*; delete {weights.parent}, which is made again when it is needed$"
+    with pytest.raises(BackboneError, match=told):
+        Backbone.load(BackboneConfig(str(path), device="cpu"))
+
+
 def test_two_processes_at_once_make_one_folder(cache: Path, content: Written, tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "m.gguf", content)
     code = "import sys; from icl_markup.gguf import transformers_folder; print(transformers_folder(sys.argv[1]))"

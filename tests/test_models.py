@@ -22,6 +22,7 @@ from icl_markup.cli import main
 from icl_markup.episodes import Episode, Query
 from icl_markup.errors import BackboneError
 from icl_markup.gguf import folder_of
+from icl_markup.loading import config_of
 from icl_markup.model import MarkupModel
 from icl_markup.models import DEFAULT, MODELS, NamedModel, Package, resolve
 from tests.by_hand import logits_by_hand, name_scores_by_hand
@@ -152,6 +153,23 @@ def test_a_model_whose_folder_is_damaged_is_made_again(
     assert not model.is_dequantized
     resolve("tiny")
     assert weights.stat().st_size == size
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_short_name_takes_no_revision(
+    installed: bool, site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, pieces = named(tmp_path, monkeypatch, 1)
+    if installed:
+        install(site, model.packages[0], pieces[0])
+    told = "'tiny': short names have one version; give the hub's name, user/tiny, for a revision, or .*'v2' away"
+    with pytest.raises(BackboneError, match=told):
+        Backbone.load(BackboneConfig("tiny", "v2", device="cpu"))
+
+
+def test_a_revision_that_a_file_has_beside_a_short_name_is_left_away() -> None:
+    assert config_of({"name": DEFAULT, "revision": "0123abc"}) == BackboneConfig(DEFAULT)
+    assert config_of({"name": "user/tiny", "revision": "0123abc"}).revision == "0123abc"
 
 
 def test_a_model_that_is_not_installed_is_the_hubs(site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
