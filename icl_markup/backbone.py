@@ -32,7 +32,7 @@ from icl_markup.loading import DTYPES, BackboneConfig, checkpoint_gradients, len
 from icl_markup.models import DEFAULT
 from icl_markup.normalizer import log_normalizer
 from icl_markup.packing import attention_mask
-from icl_markup.quantisation import is_plain, quantisation_of, stored_tensors
+from icl_markup.quantisation import is_plain, quantisation_of, stored_tensors, weight_count
 from icl_markup.sharded import is_sharded
 from icl_markup.tags import TagTable, substituted
 from icl_markup.text import TextEncoder
@@ -140,8 +140,8 @@ class Backbone:
 
     @property
     def parameters(self) -> int:
-        """How many weights it has; of a quantised one, how many numbers they are packed in."""
-        return sum(parameter.numel() for parameter in self.model.parameters())
+        """How many weights it has, quantised or not."""
+        return weight_count(self.model)
 
     @property
     def vocabulary(self) -> Tensor:

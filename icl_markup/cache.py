@@ -5,19 +5,26 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock
 
-from icl_markup.errors import BackboneError
+from icl_markup.errors import BackboneError, MarkupError
 from icl_markup.files import new_folder, read_regular, remove_leftovers, write_whole
 
 VARIABLE = "ICL_MARKUP_CACHE"
 """The environment variable that names another folder for the cache."""
 
+MARKER = "made.json"
+"""The file that is written last into a folder: the sizes of the other ones by their names."""
+
 _MOST_NOTE = 2**16
 _BLOCK = 2**22
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+"""How libraries written in Rust end their messages about an error of the system."""
 
 
 def cache_folder() -> Path:
@@ -32,35 +39,50 @@ def cache_folder() -> Path:
     return Path(home).absolute() / ".cache" / "icl-markup"
 
 
-def made_once(place: Path, make: Callable[[Path], None]) -> Path:
-    """Return a folder of the cache, which is made if it is not there.
+def made_once(place: Path, make: Callable[[Path], None], is_right: Callable[[Path], bool] | None = None) -> Path:
+    """Return a folder of the cache, which is made if it is not there, or no longer whole.
 
     Of several processes that need it one makes it, and the others wait. A process that is killed while it makes the
-    folder leaves nothing that is taken for it.
+    folder, or while it removes it, leaves nothing that is taken for it.
 
     Args:
         place: the folder.
         make: writes its content into an empty folder that it is given; an error of it leaves nothing behind.
+        is_right: looks closer at a folder that is whole; if it returns False, the folder is made again.
 
     Raises:
         BackboneError: the folder cannot be written.
     """
-    if place.is_dir():
-        return place
+
+    def stands() -> bool:
+        return is_whole(place) and (is_right is None or is_right(place))
+
     try:
+        if stands():
+            return place
         place.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(place.with_name(f".{place.name}.lock")):
-            if not place.is_dir():
+            if not stands():
                 remove_leftovers(place.parent, place.name)
-                with new_folder(place) as part:
+                with new_folder(place) as part, _system_errors(part, place):
                     make(part)
-                    _flush(part)
+                    sizes = _flush(part)
+                    write_whole(part / MARKER, json.dumps({"sizes": sizes}).encode())
     except OSError as error:
         raise BackboneError(
             f"{error.filename or place}: the cache cannot be written: {error.strerror or error}; make room, or set "
             f"{VARIABLE} to another folder"
         ) from error
     return place
+
+
+def is_whole(place: Path) -> bool:
+    """Return whether the cache has a folder with every file that was written into it, of the size that it had."""
+    try:
+        sizes = json.loads(read_regular(place / MARKER, _MOST_NOTE))["sizes"]
+        return bool(sizes) and all((place / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False  # something is missing, or an earlier version wrote no marker
 
 
 def checksum_of(path: Path) -> str:
@@ -93,10 +115,32 @@ def checksum_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _flush(folder: Path) -> None:
-    """Have the system write a folder's files to the disk before the folder takes its place."""
-    for path in folder.rglob("*"):
+@contextmanager
+def _system_errors(part: Path, place: Path) -> Iterator[None]:
+    """Turn errors of the system into `OSError`, whoever raises them; those about files of `part` name `place`."""
+    try:
+        yield
+    except MarkupError:
+        raise
+    except OSError as error:
+        is_inside = error.filename is None or Path(os.fsdecode(error.filename)).is_relative_to(part)
+        if error.errno is None or not is_inside:
+            raise
+        raise OSError(error.errno, error.strerror, str(place)) from error
+    except Exception as error:  # safetensors has a class of its own for a full disk, tokenizers a plain Exception
+        found = _OS_ERROR.search(str(error))
+        if found is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(place)) from error
+
+
+def _flush(folder: Path) -> dict[str, int]:
+    """Have the system write a folder's files to the disk before the folder takes its place; return their sizes."""
+    sizes = {}
+    for path in sorted(folder.rglob("*")):
         if path.is_file():
             path.chmod(0o644)  # as other files are; some writers keep theirs to themselves
             with path.open("rb") as file:
                 os.fsync(file.fileno())
+            sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
+    return sizes

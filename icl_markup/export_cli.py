@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from icl_markup.backbone import Backbone
-from icl_markup.loading import BackboneConfig
+from icl_markup.loading import BackboneConfig, revision_of
 
 _EXPORT = """Write warmed-up tags for other tools. merged: a plain transformers checkpoint in which tags are ordinary
 tokens. peft: a TRAINABLE_TOKENS adapter. What is written is loaded again and its logits are compared with ours; where
@@ -41,7 +41,7 @@ def _model(args: argparse.Namespace) -> Any:
     from icl_markup.tagfile import load_model, read_tags
 
     saved = read_tags(args.tags).backbone
-    revision = None if args.backbone else saved["revision"]
+    revision = None if args.backbone else revision_of(saved)
     name = args.backbone or str(saved["name"])
     return load_model(args.tags, BackboneConfig(name, revision, dtype=args.dtype, device=args.device))
 

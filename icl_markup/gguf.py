@@ -7,6 +7,7 @@ what it was made of. transformers reads the weights; the tokenizer is built here
 
 from __future__ import annotations
 
+import re
 import sys
 import tempfile
 from collections import Counter
@@ -25,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from icl_markup.cache import cache_folder, checksum_of, made_once
 from icl_markup.errors import BackboneError
-from icl_markup.gguf_tokenizers import byte_level_tokenizer, corrected_tokenizer, gemma_tokenizer
+from icl_markup.gguf_tokenizers import byte_level_tokenizer, corrected_tokenizer, gemma_tokenizer, short
 from icl_markup.hub import HUB_ERRORS, LIBRARY, explain, is_hub_name
 
 SUFFIX = ".gguf"
@@ -42,6 +43,7 @@ _WHOLE = ("F32", "BF16", "F64")
 """Types that hold what models are trained in exactly."""
 
 _EMBEDDING = "token_embd.weight"
+_LAYER = re.compile(r"(enc\.|dec\.)?blk\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -212,13 +214,16 @@ def _check(file: GgufFile, name: str) -> None:
     Raises:
         BackboneError: the file is one part of several, holds no model, or scales its positions.
     """
-    parts = int(file.fields.get("split.count", 1))
+    parts = _number(file, "split.count", name) if "split.count" in file.fields else 1
     if parts > 1:
         raise BackboneError(f"{name}: is one of {parts} parts; join them with llama.cpp's `llama-gguf-split --merge`")
     if not file.architecture:
         raise BackboneError(f"{name}: does not say which architecture it is of (general.architecture)")
     if not file.types:
         raise BackboneError(f"{name}: holds no weights, only metadata; take a file of the whole model")
+    for key in ("block_count", "decoder_block_count"):
+        if f"{file.architecture}.{key}" in file.fields:
+            _number(file, f"{file.architecture}.{key}", name)
     scaling = file.fields.get(f"{file.architecture}.rope.scaling.type", "none")
     scaled = [tensor for tensor in file.types if tensor.startswith("rope_f") or ".rope_f" in tensor]
     if scaled or scaling != "none":
@@ -227,6 +232,37 @@ def _check(file: GgufFile, name: str) -> None:
             f"{name}: scales its rotary positions ({told}), which transformers does not read from GGUF files and would "
             "leave out without a word; take the transformers folder that it was converted from"
         )
+
+
+def _check_layers(file: GgufFile, name: str) -> None:
+    """Refuse a file that holds layers beyond those that it says: transformers leaves them out without a word.
+
+    Layers that it says and does not hold are found when it is loaded.
+    """
+    held: dict[str, int] = {}
+    for tensor in file.types:
+        if found := _LAYER.match(tensor):
+            stack = found[1] or ""
+            held[stack] = max(held.get(stack, 0), int(found[2]) + 1)
+    for stack, layers in held.items():
+        key = f"{file.architecture}.block_count"
+        of_decoder = f"{file.architecture}.decoder_block_count"
+        if stack == "dec." and of_decoder in file.fields:
+            key = of_decoder
+        if key not in file.fields:
+            raise BackboneError(f"{name}: damaged: does not say how many layers it has ({key}); download it again")
+        said = _number(file, key, name)
+        if said < layers:
+            raise BackboneError(
+                f"{name}: damaged: says that it has {said} layers ({key}), but holds {layers}; download it again"
+            )
+
+
+def _number(file: GgufFile, key: str, name: str) -> int:
+    value = file.fields[key]
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise BackboneError(f"{name}: damaged: its {key} is {short(value)}, not a number; download it again")
+    return value
 
 
 def _tokenizer(file: GgufFile, name: str) -> PreTrainedTokenizerBase:
@@ -262,6 +298,8 @@ def _model(file: GgufFile, name: str) -> transformers.PreTrainedModel:
     more = {} if config is None else {"quantization_config": config(dequantize=True)}
     with _explained(file, name):
         settings = transformers.AutoConfig.from_pretrained(**place)
+    _check_layers(file, name)  # of an architecture that is read
+    with _explained(file, name):
         auto = transformers.AutoModelForSeq2SeqLM if settings.is_encoder_decoder else transformers.AutoModelForCausalLM
         model, report = auto.from_pretrained(
             **place, **more, config=settings, dtype=torch.float32, output_loading_info=True

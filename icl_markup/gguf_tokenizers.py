@@ -8,6 +8,7 @@ name that does not is an error: a rule that nearly fits would give other ids, an
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -121,14 +122,12 @@ def byte_level_tokenizer(fields: Mapping[str, Any], name: str) -> PreTrainedToke
         name: the file, for errors.
 
     Raises:
-        BackboneError: the file lacks the merges or the name of its rule, or the rule is not known.
+        BackboneError: the file lacks the merges or the name of its rule, the rule is not known, or what the file says
+            is damaged.
     """
     rule = _rule(fields, name)
     tokens, types = _vocabulary(fields, name)
-    merges = fields.get("tokenizer.ggml.merges")
-    if not isinstance(merges, Sequence) or not merges:
-        raise BackboneError(f"{name}: has no merges (tokenizer.ggml.merges): {_CONVERT}")
-    bos = fields.get("tokenizer.ggml.bos_token_id")
+    merges = _merges(fields, name)
     begins = bool(fields.get("tokenizer.ggml.add_bos_token", rule.begins))
     spec = {
         "version": "1.0",
@@ -137,7 +136,7 @@ def byte_level_tokenizer(fields: Mapping[str, Any], name: str) -> PreTrainedToke
         "added_tokens": _added(tokens, types),
         "normalizer": {"type": "NFC"} if rule.normalizes else None,
         "pre_tokenizer": rule.pre_tokenizer(),
-        "post_processor": _begins_with(tokens[bos], bos) if begins and isinstance(bos, int) else None,
+        "post_processor": _begins_with(tokens, _special(fields, "bos", tokens, name)) if begins else None,
         "decoder": _byte_level(use_regex=True),
         "model": {
             "type": "BPE",
@@ -149,7 +148,7 @@ def byte_level_tokenizer(fields: Mapping[str, Any], name: str) -> PreTrainedToke
             "byte_fallback": False,
             "ignore_merges": rule.ignores_merges,
             "vocab": {token: index for index, token in enumerate(tokens) if not _is_padding(index, token, types)},
-            "merges": [merge.split(" ", 1) for merge in merges],
+            "merges": merges,
         },
     }
     return _wrapped(spec, fields, tokens, name)
@@ -163,10 +162,10 @@ def gemma_tokenizer(fields: Mapping[str, Any], name: str) -> PreTrainedTokenizer
         name: the file, for errors.
 
     Raises:
-        BackboneError: the file lacks the vocabulary or its scores.
+        BackboneError: the file lacks the vocabulary or its scores, or what it says is damaged.
     """
     tokens, types = _vocabulary(fields, name)
-    bos, unknown = fields.get("tokenizer.ggml.bos_token_id"), fields.get("tokenizer.ggml.unknown_token_id")
+    unknown = _special(fields, "unknown", tokens, name)
     begins = bool(fields.get("tokenizer.ggml.add_bos_token", True))
     spec: dict[str, Any] = {
         "version": "1.0",
@@ -180,7 +179,7 @@ def gemma_tokenizer(fields: Mapping[str, Any], name: str) -> PreTrainedTokenizer
             "behavior": "MergedWithPrevious",
             "invert": False,
         },
-        "post_processor": _begins_with(tokens[bos], bos) if begins and isinstance(bos, int) else None,
+        "post_processor": _begins_with(tokens, _special(fields, "bos", tokens, name)) if begins else None,
         "decoder": {
             "type": "Sequence",
             "decoders": [
@@ -192,7 +191,7 @@ def gemma_tokenizer(fields: Mapping[str, Any], name: str) -> PreTrainedTokenizer
         "model": {
             "type": "BPE",
             "dropout": None,
-            "unk_token": tokens[unknown] if isinstance(unknown, int) else None,
+            "unk_token": None if unknown is None else tokens[unknown],
             "continuing_subword_prefix": None,
             "end_of_word_suffix": None,
             "fuse_unk": True,
@@ -235,11 +234,12 @@ def _with_pieces(
     vocabulary = spec["model"]["vocab"]
     pieces = [_spelled(token, index, vocabulary) for index, token in enumerate(tokens)]
     if "tokenizer.ggml.merges" in fields:
-        spec["model"]["merges"] = [merge.split(" ", 1) for merge in fields["tokenizer.ggml.merges"]]
+        spec["model"]["merges"] = _merges(fields, name)
     else:
         scores = fields.get("tokenizer.ggml.scores")
         if not isinstance(scores, Sequence) or len(scores) != len(tokens):
             raise BackboneError(f"{name}: has no score for each token (tokenizer.ggml.scores): {_CONVERT}")
+        _all_are((int, float), "number", scores, "scores", name)
         weights = [0.0 if kind == USER_DEFINED else score for kind, score in zip(types, scores, strict=True)]
         spec["model"]["merges"] = merges_of(pieces, weights)
     spec["added_tokens"] = _added(pieces, types)
@@ -263,6 +263,7 @@ def merges_of(tokens: Sequence[str], scores: Sequence[float]) -> list[tuple[str,
     return [(left, right) for *_, left, right in found]
 
 
+_AGAIN = "download it again"
 _CONVERT = "convert the model again with a current llama.cpp, or take the folder that it was converted from"
 
 
@@ -287,10 +288,52 @@ def _vocabulary(fields: Mapping[str, Any], name: str) -> tuple[list[str], list[i
             f"{name}: has no tokenizer (tokenizer.ggml.tokens): take another file, or the transformers folder that it "
             "was converted from"
         )
+    _all_are(str, "text", tokens, "tokens", name)
     types = fields.get("tokenizer.ggml.token_type", [1] * len(tokens))
     if not isinstance(types, Sequence) or len(types) != len(tokens):
         raise BackboneError(f"{name}: damaged: {len(tokens)} tokens, but not as many types of tokens")
+    _all_are(int, "number", types, "token_type", name)
     return list(tokens), list(types)
+
+
+def _merges(fields: Mapping[str, Any], name: str) -> list[list[str]]:
+    """Return a file's merges, each as its two halves."""
+    merges = fields.get("tokenizer.ggml.merges")
+    if not isinstance(merges, Sequence) or not merges:
+        raise BackboneError(f"{name}: has no merges (tokenizer.ggml.merges): {_CONVERT}")
+    _all_are(str, "text", merges, "merges", name)
+    return [merge.split(" ", 1) for merge in merges]
+
+
+def _special(fields: Mapping[str, Any], word: str, tokens: Sequence[str], name: str) -> int | None:
+    """Return the id of a special token, such as ``bos``; None if the file names none."""
+    key = f"tokenizer.ggml.{word}_token_id"
+    index = fields.get(key)
+    if index is None:
+        return None
+    if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(tokens):
+        raise BackboneError(f"{name}: damaged: its {key} is {short(index)}, but it has {len(tokens)} tokens; {_AGAIN}")
+    return index
+
+
+def _all_are(kind: type | tuple[type, ...], word: str, values: Sequence[Any], key: str, name: str) -> None:
+    """Refuse a list with something else in it, or a text in place of a list.
+
+    Raises:
+        BackboneError: there is such a value; the message shows the first.
+    """
+    if isinstance(values, str):
+        raise BackboneError(f"{name}: damaged: its tokenizer.ggml.{key} is {short(values)}, not a list; {_AGAIN}")
+    for index, value in enumerate(values):
+        if not isinstance(value, kind):
+            raise BackboneError(
+                f"{name}: damaged: value {index} of its tokenizer.ggml.{key} is {short(value)}, not a {word}; {_AGAIN}"
+            )
+
+
+def short(value: object) -> str:
+    """Return a value of a file as messages show it."""
+    return reprlib.repr(value)
 
 
 def _is_padding(index: int, token: str, types: Sequence[int]) -> bool:
@@ -318,7 +361,11 @@ def _byte_level(use_regex: bool) -> dict[str, Any]:
     return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": use_regex, "use_regex": use_regex}
 
 
-def _begins_with(token: str, index: int) -> dict[str, Any]:
+def _begins_with(tokens: Sequence[str], index: int | None) -> dict[str, Any] | None:
+    """Return what puts a token before each text; None if there is no such token."""
+    if index is None:
+        return None
+    token = tokens[index]
     first, text = {"SpecialToken": {"id": token, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
     other = {"Sequence": {"id": "B", "type_id": 1}}
     known = {token: {"id": token, "ids": [index], "tokens": [token]}}
@@ -334,9 +381,9 @@ def _wrapped(
     spec: Mapping[str, Any], fields: Mapping[str, Any], tokens: Sequence[str], name: str
 ) -> PreTrainedTokenizerFast:
     """Return a ``tokenizer.json`` as a tokenizer of transformers, with the file's special tokens and chat template."""
-    special = {key: fields.get(f"tokenizer.ggml.{word}_token_id") for key, word in _SPECIAL.items()}
+    special = {key: _special(fields, word, tokens, name) for key, word in _SPECIAL.items()}
+    named = {key: tokens[index] for key, index in special.items() if index is not None}
     try:
-        named = {key: tokens[index] for key, index in special.items() if index is not None}
         wrapped = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(spec)), **named)
     except Exception as error:  # tokenizers raises nothing more specific
         raise BackboneError(f"{name}: damaged: its vocabulary makes no tokenizer: {_first_line(error)}") from error

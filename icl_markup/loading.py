@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import transformers
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from icl_markup.cache import cache_folder
 from icl_markup.errors import BackboneError
+from icl_markup.hub import HUB_ERRORS
 from icl_markup.layout import Kind
-from icl_markup.models import DEFAULT, remedy, resolve
+from icl_markup.models import DEFAULT, MODELS, remedy, resolve
 from icl_markup.quantisation import Quantisation, loading_options, recorded, settle
 from icl_markup.sharded import shard_layers, shards_layers
 
@@ -102,8 +107,8 @@ def load_pretrained(config: BackboneConfig) -> Loaded:
     """Load a folder or hub name that transformers loads; weights are read from safetensors only, no code of it is run.
 
     Raises:
-        BackboneError: there is no such model, it has no language-model head, or an option, or what the launcher says of
-            models split over processes (`icl_markup.sharded`), does not fit.
+        BackboneError: there is no such model, its weights are damaged, it has no language-model head, or an option, or
+            what the launcher says of models split over processes (`icl_markup.sharded`), does not fit.
     """
     sharded = shards_layers()
     source = read_source(config)
@@ -128,6 +133,8 @@ def load_pretrained(config: BackboneConfig) -> Loaded:
         )
     except (OSError, ValueError, ImportError) as error:
         raise BackboneError(f"backbone {config.name!r} as a {kind} model: {_first_line(error)}") from error
+    except SafetensorError as error:
+        raise BackboneError(_damaged(config, source.path, error)) from error
     except (RuntimeError, AssertionError, TypeError, AttributeError) as error:
         if not is_quantised:
             raise
@@ -140,7 +147,9 @@ def load_pretrained(config: BackboneConfig) -> Loaded:
             f"backbone {config.name!r} lacks weights of a {kind} language model ({missing[0]}, {len(missing)} in all): "
             "it was saved without its head; choose a checkpoint that has one"
         )
-    revision = config.revision or getattr(source.settings, "_commit_hash", None)
+    # Short names have one version, and are given no revision when they are loaded again.
+    commit = None if config.name in MODELS else getattr(source.settings, "_commit_hash", None)
+    revision = config.revision or commit
     settle(model, config.name)
     if sharded:
         shard_layers(model, device)
@@ -193,7 +202,39 @@ def _hub(config: BackboneConfig) -> dict[str, Any]:
 def config_of(saved: Mapping[str, Any], *, device: str = "auto", quantisation: Quantisation = "auto") -> BackboneConfig:
     """Return the configuration of a backbone that a tag or classifier file names, quantised as it was unless told."""
     wanted = recorded(saved) if quantisation == "auto" else quantisation
-    return BackboneConfig(str(saved["name"]), saved["revision"], device=device, quantisation=wanted)
+    return BackboneConfig(str(saved["name"]), revision_of(saved), device=device, quantisation=wanted)
+
+
+def revision_of(saved: Mapping[str, Any]) -> str | None:
+    """Return the revision of a backbone that a file names; earlier versions wrote one beside short names too."""
+    return None if saved["name"] in MODELS else saved["revision"]
+
+
+def _damaged(config: BackboneConfig, path: str, error: Exception) -> str:
+    """Return what to say of weights that are no whole safetensors file; the file is named if it can be found."""
+    folder = Path(path)
+    if folder.is_relative_to(cache_folder()):
+        todo = f"delete {folder}, which is made again when it is needed"
+    elif folder.is_dir():
+        todo = "copy or download the model again"
+    else:
+        try:
+            folder = Path(snapshot_download(path, revision=config.revision, local_files_only=True))
+        except HUB_ERRORS:
+            return (
+                f"{path}: damaged, or not whole: its weights cannot be read ({_first_line(error)}); download it again"
+            )
+        todo = f"delete {folder.parents[1]}, and the model is downloaded again"
+    shown = next((file for file in sorted(folder.glob("*.safetensors")) if not _opens(file)), folder)
+    return f"{shown}: damaged, or not whole: it cannot be read as weights ({_first_line(error)}); {todo}"
+
+
+def _opens(file: Path) -> bool:
+    try:
+        with safe_open(file, framework="pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
 
 
 def _first_line(error: Exception) -> str:

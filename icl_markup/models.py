@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from icl_markup.cache import cache_folder, made_once
+from icl_markup.cache import cache_folder, is_whole, made_once
 from icl_markup.errors import BackboneError
+from icl_markup.files import remove_leftovers
 from icl_markup.gguf import SUFFIX, dequantized, folder_of, is_gguf, transformers_folder
 
 DEFAULT = "smollm2"
@@ -88,7 +89,7 @@ class NamedModel:
     @property
     def is_dequantized(self) -> bool:
         """Whether the cache has its weights, for which no package is needed any more."""
-        return folder_of(self.checksum).is_dir()
+        return is_whole(folder_of(self.checksum))
 
     @property
     def state(self) -> str:
@@ -171,9 +172,15 @@ def resolve(name: str, revision: str | None = None) -> str:
         revision: a commit, tag or branch of the hub.
 
     Raises:
-        BackboneError: a GGUF file cannot be read, or parts of a named model are missing or damaged.
+        BackboneError: a GGUF file cannot be read, parts of a named model are missing or damaged, or it is given a
+            revision.
     """
     if name in MODELS:
+        if revision is not None:
+            raise BackboneError(
+                f"backbone {name!r}: short names have one version; give the hub's name, {MODELS[name].hub}, for a "
+                f"revision, or leave revision {revision!r} away"
+            )
         return _resolve_named(MODELS[name])
     if is_gguf(name) and not Path(name).is_dir():
         return str(transformers_folder(name, revision))
@@ -189,19 +196,20 @@ def remedy(name: str) -> str:
 
 
 def _resolve_named(model: NamedModel) -> str:
-    if model.is_dequantized:
-        return str(folder_of(model.checksum))
-    missing = model.missing
-    if len(missing) == len(model.carriers):
-        return model.hub
-    if missing:
-        raise BackboneError(
-            f"backbone {model.name!r}: {len(missing)} of its {len(model.carriers)} parts are not installed: "
-            f"{_installs(missing)}"
-        )
-    folder = dequantized(lambda: _file_of(model), model.checksum, model.name)
-    shutil.rmtree(_joined(model), ignore_errors=True)  # nothing needs the pieces' whole any more
-    return str(folder)
+    if not model.is_dequantized:
+        missing = model.missing
+        if len(missing) == len(model.carriers):
+            return model.hub
+        if missing:
+            raise BackboneError(
+                f"backbone {model.name!r}: {len(missing)} of its {len(model.carriers)} parts are not installed: "
+                f"{_installs(missing)}"
+            )
+        dequantized(lambda: _file_of(model), model.checksum, model.name)
+    # Nothing needs the pieces' whole any more; a process that was killed here, or joining them, has left it.
+    shutil.rmtree(_joined(model), ignore_errors=True)
+    remove_leftovers(_joined(model).parent, model.checksum)
+    return str(folder_of(model.checksum))
 
 
 def _file_of(model: NamedModel) -> Path:
@@ -225,7 +233,8 @@ def _file_of(model: NamedModel) -> Path:
                     whole.write(block)
         _compare(model, digest.hexdigest())
 
-    return made_once(_joined(model), join) / file
+    # A file that a killed process left may be damaged, and is looked at but once.
+    return made_once(_joined(model), join, lambda folder: _digest(folder / file) == model.checksum) / file
 
 
 def _joined(model: NamedModel) -> Path:

@@ -203,6 +203,27 @@ def _parts(name: str, value: Tensor) -> Iterator[tuple[str, Tensor]]:
         yield from _parts(f"{name}.{part}", getattr(value, part))
 
 
+def weight_count(model: PreTrainedModel) -> int:
+    """Return how many weights a model has; of a quantised layer those that it stands for, however they are packed.
+
+    What is tied counts once.
+    """
+    counted = {id(parameter): parameter.numel() for parameter in model.parameters()}
+    quantised = model.modules() if quantisation_of(model) != "none" else ()
+    for module in quantised:
+        rows, width = getattr(module, "out_features", None), getattr(module, "in_features", None)
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        if not own or not isinstance(rows, int) or not isinstance(width, int):
+            continue
+        if is_plain(getattr(module, "weight", None)):
+            continue
+        for name, value in own:
+            if name != "bias":  # codes, scales and zeros
+                counted.pop(id(value), None)
+        counted[id(module)] = rows * width
+    return sum(counted.values())
+
+
 def stored_bytes(model: PreTrainedModel) -> int:
     """Return the bytes of everything that a model stores; what is tied counts once."""
     found = {value.data_ptr(): value.numel() * value.element_size() for _, value in stored_tensors(model)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from icl_markup.model import MarkupModel
 from icl_markup.prompt import Prompt
 from icl_markup.tags import Tag, TagTable, initial_rows, substituted
 from tests.conftest import byte_level_tokenizer, tiny_backbone, unigram_tokenizer
+from tests.hub_stand_in import Repo, hub_for
 
 LABELS = ["lost card", "opening hours", "weather"]
 DEMOS = [("I lost my card", "lost card"), ("are you open on Sunday", "opening hours"), ("will it rain", "weather")]
@@ -184,6 +186,34 @@ def test_tied_and_untied_t5_heads_give_their_own_logits_and_are_never_changed(ti
         assert torch.allclose(backbone.candidate_logits(batch), full_logits(backbone, batch), atol=1e-4)
     MarkupModel(backbone, "markup_letters").classify(["when"], LABELS)
     assert backbone.checksum() == checksum
+
+
+@pytest.mark.parametrize("keep", [0, 5, 2000, 10_000])
+def test_weights_that_are_not_whole_are_named(keep: int, tmp_path: Path) -> None:
+    source = tiny_backbone("bert")
+    source.model.save_pretrained(tmp_path, max_shard_size="20kB")
+    source.tokenizer.save_pretrained(tmp_path)
+    shard = sorted(tmp_path.glob("*.safetensors"))[1]
+    os.truncate(shard, keep)
+    told = f"^{shard}: damaged, or not whole: it cannot be read as weights .*; copy or download the model again$"
+    with pytest.raises(BackboneError, match=told):
+        Backbone.load(BackboneConfig(str(tmp_path), device="cpu"))
+
+
+def test_weights_that_are_not_whole_in_the_hubs_cache_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tiny_backbone("bert")
+    source.model.save_pretrained(tmp_path / "model")
+    source.tokenizer.save_pretrained(tmp_path / "model")
+    os.truncate(tmp_path / "model" / "model.safetensors", 2000)
+    with hub_for(monkeypatch, tmp_path / "hub") as hub:
+        hub.repos["user/tiny"] = Repo()
+        hub.repos["user/tiny"].commit({file.name: file.read_bytes() for file in (tmp_path / "model").iterdir()})
+        with pytest.raises(BackboneError, match=r"damaged, or not whole: .*; delete .*, and the") as told:
+            Backbone.load(BackboneConfig("user/tiny", device="cpu"))
+    folder = Path(str(told.value).rpartition("; delete ")[2].partition(", and the")[0])
+    assert folder.name == "models--user--tiny" and folder.is_dir()
 
 
 def test_a_model_without_its_head_is_refused(tmp_path: Path) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 
 import icl_markup.gguf as reading
 from icl_markup.backbone import Backbone, BackboneConfig
-from icl_markup.cache import VARIABLE, cache_folder, checksum_of
+from icl_markup.cache import MARKER, VARIABLE, cache_folder, checksum_of
 from icl_markup.cli import main
 from icl_markup.errors import BackboneError
 from icl_markup.gguf import transformers_folder
@@ -203,6 +204,33 @@ ERRORS = {
     ),
     "an architecture that nobody reads": (_architecture, "architecture 'mpt'"),
     "no weights": (lambda content: content.tensors.clear(), "holds no weights"),
+    "parts that are no number": (_with("split.count", "three"), r"its split\.count is 'three', not a number"),
+    "a BOS beyond the tokens": (
+        lambda content: content.fields.update({
+            "tokenizer.ggml.bos_token_id": 99_999, "tokenizer.ggml.add_bos_token": True
+        }), r"its tokenizer\.ggml\.bos_token_id is 99999, but it has \d+ tokens"
+    ),
+    "a BOS that is a text": (
+        lambda content: content.fields.update({
+            "tokenizer.ggml.bos_token_id": "<s>", "tokenizer.ggml.add_bos_token": True
+        }), r"its tokenizer\.ggml\.bos_token_id is '<s>', but it has"
+    ),
+    "an EOS beyond the tokens": (_with("tokenizer.ggml.eos_token_id", 99_999), "eos_token_id is 99999, but it has"),
+    "merges that are numbers": (
+        _with("tokenizer.ggml.merges", [1, 2]), r"value 0 of its tokenizer\.ggml\.merges is 1, not a text"
+    ),
+    "merges that are a text": (_with("tokenizer.ggml.merges", "a b"), "ggml.merges is 'a b', not a list"),
+    "tokens that are numbers": (_with("tokenizer.ggml.tokens", [1, 2]), "tokens is 1, not a text"),
+    "types that are texts": (
+        lambda content: content.fields.update({
+            "tokenizer.ggml.token_type": ["1"] * len(content.fields["tokenizer.ggml.tokens"])
+        }), "token_type is '1', not a number"
+    ),
+    "fewer layers than it holds": (
+        _with("llama.block_count", 1), r"says that it has 1 layers \(llama\.block_count\), but holds 2"
+    ),
+    "no number of layers": (_without("llama.block_count"), "does not say how many layers"),
+    "layers that are no number": (_with("llama.block_count", "two"), r"llama\.block_count is 'two', not a number"),
     "a missing layer": (lambda content: content.tensors.pop("blk.1.ffn_up"), "finds no weights for"),
     "fewer rows than tokens": (
         lambda content: content.tensors.update(token_embd=content.tensors["token_embd"][:400]), "m.gguf: "
@@ -275,6 +303,55 @@ def test_the_missing_package_is_named(
         transformers_folder(str(path))
 
 
+_LIMITED = """
+import resource, sys, transformers
+from icl_markup.errors import BackboneError
+from icl_markup.gguf import transformers_folder
+if sys.argv[3] == "tokenizer":
+    transformers.PreTrainedModel.save_pretrained = lambda *_, **__: None
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
+try:
+    transformers_folder(sys.argv[1])
+except BackboneError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(("what", "limit"), [("weights", 60_000), ("settings", 400), ("tokenizer", 5_000)])
+def test_a_limit_of_the_system_is_one_clear_error(
+    what: str, limit: int, cache: Path, content: Written, tmp_path: Path
+) -> None:
+    path = write_gguf(tmp_path / "m.gguf", content)
+    checksum = checksum_of(path)
+    command = [sys.executable, "-B", "-c", _LIMITED, str(path), str(limit), what]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    told = f"{cache}/gguf/{checksum}-1: the cache cannot be written: File too large; make room, or set {VARIABLE} to "
+    assert done.stdout.startswith(told) and done.stdout.count("\n") == 1, (done.stdout, done.stderr)
+    assert [entry.name for entry in (cache / "gguf").iterdir() if entry.is_dir()] == []
+    assert (transformers_folder(str(path)) / "tokenizer.json").is_file()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A cache on a file system of its own, of 200 kB, less than the weights take in fp32."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(place)]
+    if os.geteuid() != 0 or shutil.which("mount") is None or subprocess.run(command, check=False).returncode:
+        pytest.skip("no file system can be mounted here")
+    monkeypatch.setenv(VARIABLE, str(place))
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_full_disk_is_one_clear_error(small_disk: Path, content: Written, tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", content)
+    told = f"{small_disk}/gguf/.*: the cache cannot be written: No space left on device; make room, or set {VARIABLE} "
+    with pytest.raises(BackboneError, match=told):
+        transformers_folder(str(path))
+    assert [entry.name for entry in (small_disk / "gguf").iterdir() if entry.is_dir()] == []
+
+
 def test_an_error_in_the_middle_leaves_nothing(
     cache: Path, content: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -312,6 +389,44 @@ def test_a_killed_process_leaves_nothing_that_is_taken_for_a_model(
     folder = transformers_folder(str(path))
     assert (folder / "tokenizer.json").is_file()
     assert [entry for entry in (cache / "gguf").iterdir() if entry.is_dir()] == [folder]
+
+
+def _without_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def _cut(folder: Path) -> None:
+    os.truncate(folder / "model.safetensors", 1000)
+
+
+def _unmarked(folder: Path) -> None:
+    (folder / MARKER).unlink()
+
+
+def _odd(folder: Path) -> None:
+    (folder / MARKER).write_text('{"sizes": [1]}')
+
+
+@pytest.mark.parametrize("damage", [_without_weights, _cut, _unmarked, _odd])
+def test_a_folder_that_is_not_whole_is_made_again(
+    damage: Callable[[Path], None], cache: Path, content: Written, tmp_path: Path
+) -> None:
+    path = write_gguf(tmp_path / "m.gguf", content)
+    folder = transformers_folder(str(path))
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    damage(folder)
+    assert transformers_folder(str(path)) == folder
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    assert [entry for entry in (cache / "gguf").iterdir() if entry.is_dir()] == [folder]
+
+
+def test_damage_that_leaves_sizes_is_named_with_the_folder(cache: Path, content: Written, tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", content)
+    weights = transformers_folder(str(path)) / "model.safetensors"
+    weights.write_bytes(bytes(weights.stat().st_size))
+    told = f"{weights}: damaged, or not whole: .*; delete {weights.parent}, which is made again when it is needed$"
+    with pytest.raises(BackboneError, match=told):
+        Backbone.load(BackboneConfig(str(path), device="cpu"))
 
 
 def test_two_processes_at_once_make_one_folder(cache: Path, content: Written, tmp_path: Path) -> None:

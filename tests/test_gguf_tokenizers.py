@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, models
 
+from icl_markup.errors import BackboneError
 from icl_markup.gguf_tokenizers import RULES, gemma_tokenizer, merges_of
 from icl_markup.text import TextEncoder
 
@@ -78,6 +80,18 @@ def test_a_gemma_vocabulary_is_read_with_its_added_tokens() -> None:
     assert tokenizer.decode(tokenizer("ab  ab\n\nx", add_special_tokens=False)["input_ids"]) == "ab  ab\n\nx"
     assert sorted(tokenizer.added_tokens_decoder) == list(range(8))
     assert tokenizer.added_tokens_decoder[6].content == "▁▁"
+
+
+@pytest.mark.parametrize(("changes", "told"), [
+    ({"tokenizer.ggml.bos_token_id": 400}, "bos_token_id is 400, but it has 280 tokens"),
+    ({"tokenizer.ggml.bos_token_id": -1}, "bos_token_id is -1, but it has 280 tokens"),
+    ({"tokenizer.ggml.unknown_token_id": 400}, "unknown_token_id is 400, but it has 280 tokens"),
+    ({"tokenizer.ggml.scores": ["1"] * 280}, "value 0 of its tokenizer.ggml.scores is '1', not a number"),
+    ({"tokenizer.ggml.merges": [["a", "b"]]}, "merges is ['a', 'b'], not a text"),
+])  # fmt: skip
+def test_damage_of_a_gemma_vocabulary_is_one_clear_error(changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(BackboneError, match=f"^m: damaged: .*{re.escape(told)}"):
+        gemma_tokenizer(gemma_fields(**changes), "m")
 
 
 def test_text_of_users_never_becomes_a_special_token() -> None:

@@ -22,6 +22,7 @@ from icl_markup.cli import main
 from icl_markup.episodes import Episode, Query
 from icl_markup.errors import BackboneError
 from icl_markup.gguf import folder_of
+from icl_markup.loading import config_of
 from icl_markup.model import MarkupModel
 from icl_markup.models import DEFAULT, MODELS, NamedModel, Package, resolve
 from tests.by_hand import logits_by_hand, name_scores_by_hand
@@ -106,6 +107,69 @@ def test_a_damaged_piece_is_refused_and_leaves_nothing(
         Backbone.load("tiny")
     assert not list((tmp_path / "cache").rglob("*.gguf"))
     assert not model.is_dequantized
+
+
+def test_what_a_killed_process_joined_is_compared_before_it_is_used(
+    site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, pieces = named(tmp_path, monkeypatch)
+    for package, piece in zip(model.packages, pieces, strict=True):
+        install(site, package, piece)
+    whole = models._file_of(model)
+    assert whole.read_bytes() == b"".join(pieces)
+    damaged = bytearray(whole.read_bytes())
+    damaged[-1] ^= 1
+    whole.write_bytes(damaged)  # of the same size
+    assert models._file_of(model).read_bytes() == b"".join(pieces)
+
+    seen = whole.stat().st_ino
+    assert models._file_of(model).stat().st_ino == seen, "what is right is not joined again"
+
+
+def test_what_a_killed_process_joined_is_removed_once_the_folder_is_there(
+    site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, pieces = named(tmp_path, monkeypatch)
+    for package, piece in zip(model.packages, pieces, strict=True):
+        install(site, package, piece)
+    resolve("tiny")
+    joined = models._file_of(model).parent  # as if the process had been killed before it removed this
+    part = joined.with_name(f".{joined.name}.abc.part")
+    part.mkdir()
+    assert model.is_dequantized
+    assert resolve("tiny") == str(folder_of(model.checksum))
+    assert not joined.exists() and not part.exists()
+
+
+def test_a_model_whose_folder_is_damaged_is_made_again(
+    site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, pieces = named(tmp_path, monkeypatch)
+    for package, piece in zip(model.packages, pieces, strict=True):
+        install(site, package, piece)
+    weights = Path(resolve("tiny")) / "model.safetensors"
+    size = weights.stat().st_size
+    weights.unlink()
+    assert not model.is_dequantized
+    resolve("tiny")
+    assert weights.stat().st_size == size
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_short_name_takes_no_revision(
+    installed: bool, site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, pieces = named(tmp_path, monkeypatch, 1)
+    if installed:
+        install(site, model.packages[0], pieces[0])
+    told = "'tiny': short names have one version; give the hub's name, user/tiny, for a revision, or .*'v2' away"
+    with pytest.raises(BackboneError, match=told):
+        Backbone.load(BackboneConfig("tiny", "v2", device="cpu"))
+
+
+def test_a_revision_that_a_file_has_beside_a_short_name_is_left_away() -> None:
+    assert config_of({"name": DEFAULT, "revision": "0123abc"}) == BackboneConfig(DEFAULT)
+    assert config_of({"name": "user/tiny", "revision": "0123abc"}).revision == "0123abc"
 
 
 def test_a_model_that_is_not_installed_is_the_hubs(site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,6 +113,18 @@ def gradient(backbone: Backbone) -> Tensor:
     return model.table.rows.grad.flatten()
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_weights_are_counted_however_they_are_packed(form: str, checkpoints: Path) -> None:
+    place = checkpoint(checkpoints, "llama")
+    assert load(place, form).parameters == load(place).parameters
+
+
+def test_answers_of_a_model_in_4_bits_are_those_of_its_size(checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = checkpoint(checkpoints, "llama")
+    monkeypatch.setattr("icl_markup.answers.BINDS_LETTERS", load(place).parameters)
+    assert MarkupModel(load(place, "bitsandbytes-nf4")).answers == "symbols"
+
+
 @pytest.mark.parametrize(("kind", "form"), GRID)
 def test_linear_layers_are_quantised_and_nothing_that_tags_depend_on_is(
     kind: str, form: str, checkpoints: Path
