@@ -187,11 +187,11 @@ def test_what_prompts_share_is_computed_once_with_the_chats_head(name: str, answ
     model = MarkupModel(backbone, "markup_letters", answers=answers, chat=ChatConfig(True, SYSTEM))
     labels, demos = ["lost card", "opening hours"], [("I lost my card", "lost card")]
     texts = ["when do you open", "where is it", "stolen card"]
-    together = model.classify(texts, labels, demos)
+    together = model.classify(texts, labels, demos, calibration="none")
     counts = model.prefixes.counts
     assert counts.reused >= 2 * len(model.layout.prefix) > 0
     computed = counts.computed
-    again = model.classify(texts, labels, demos)
+    again = model.classify(texts, labels, demos, calibration="none")
     assert counts.computed == computed, "the second call finds it all"
     whole = whole_prompts(model, texts, labels, demos)
     for one, other, alone in zip(together, again, whole, strict=True):

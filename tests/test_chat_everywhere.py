@@ -160,7 +160,7 @@ def test_an_experiment_composes_in_the_chat_and_keeps_apart_what_was_measured_wi
         found[chat.enabled] = list(variants(config, backbone, lambda: None))  # type: ignore[arg-type,return-value]
     assert not {v.identity for v in found[True]} & {v.identity for v in found[False]}
     for variant in found[True]:
-        assert variant.make().model.chat.system == "Be brief."  # type: ignore[attr-defined]
+        assert variant.make().model.model.chat.system == "Be brief."  # type: ignore[attr-defined]
 
 
 def test_a_backbone_that_is_trained_in_a_chat_remembers_it(tmp_path: Path) -> None:

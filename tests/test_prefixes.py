@@ -167,12 +167,12 @@ def test_demonstrations_that_were_shortened_for_one_query_are_not_shared_with_ot
 def test_a_second_call_computes_no_prefix_token_again(answers: str) -> None:
     model = MarkupModel(causal("llama"), "markup_letters", answers=answers)
     counts = model.prefixes.counts
-    model.classify(["hi"], LABELS, DEMOS)
+    model.classify(["hi"], LABELS, DEMOS, calibration="none")
     length = prefix_length(model.markup.compose(asked(["hi"])))
     assert (counts.hits, counts.misses, counts.computed, counts.reused) == (0, 1, length, 0)
-    model.classify(TEXTS, LABELS, DEMOS)
+    model.classify(TEXTS, LABELS, DEMOS, calibration="none")
     assert (counts.hits, counts.misses, counts.computed, counts.reused) == (1, 1, length, 4 * length)
-    model.classify(TEXTS, LABELS, [*DEMOS, ("my card", "lost card")])
+    model.classify(TEXTS, LABELS, [*DEMOS, ("my card", "lost card")], calibration="none")
     assert counts.misses == 2
     assert length < counts.computed < length + 20
 
@@ -288,7 +288,7 @@ def test_an_attention_that_may_take_no_mask_gets_whole_prompts() -> None:
 
 def test_other_kinds_share_nothing(backbone: Backbone) -> None:
     model = MarkupModel(backbone, "markup_letters")
-    model.classify(TEXTS, LABELS, DEMOS)
+    model.classify(TEXTS, LABELS, DEMOS, calibration="none")
     assert (len(model.prefixes) > 0) == (backbone.exactness.limit > 0) == (backbone.kind == "causal")
 
 
