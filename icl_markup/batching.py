@@ -55,10 +55,9 @@ class Batch:
         decoder_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         visible: Tensor | None = None,
-        length: int = 0,
     ) -> Batch:
-        """Pad lists of ids to the longest, or to `length`; `slots` are pairs of (prompt, position)."""
-        longest = max(length, *map(len, ids))
+        """Pad lists of ids to the longest; `slots` are pairs of (prompt, position)."""
+        longest = max(map(len, ids))
         input_ids = torch.full((len(ids), longest), pad_id, dtype=torch.long)
         attention_mask = torch.zeros_like(input_ids)
         for row, line in enumerate(ids):
@@ -80,13 +79,8 @@ class Batch:
         )
 
     @classmethod
-    def of_prompts(
-        cls, prompts: Sequence[Prompt], pad_id: int = 0, *, all_slots: bool = True, length: int = 0
-    ) -> Batch:
-        """Pad prompts whose slots are answered by symbols; with `all_slots` false, queries' slots only.
-
-        They are padded to the longest, or to `length` if that is more.
-        """
+    def of_prompts(cls, prompts: Sequence[Prompt], pad_id: int = 0, *, all_slots: bool = True) -> Batch:
+        """Pad prompts whose slots are answered by symbols; with `all_slots` false, queries' slots only."""
         slots = [(row, slot) for row, p in enumerate(prompts) for slot in p.slots if all_slots or slot.is_query]
         most = max(len(slot.candidates) for _, slot in slots)
         candidates = torch.zeros(len(slots), most, dtype=torch.long)
@@ -102,7 +96,6 @@ class Batch:
             targets=[-1 if slot.answer is None else slot.answer for _, slot in slots],
             is_query=[slot.is_query for _, slot in slots],
             pad_id=pad_id,
-            length=length,
         )
 
 

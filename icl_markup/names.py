@@ -146,7 +146,6 @@ def _branched(backbone: Backbone, groups: Sequence[Sequence[_Query]], table: Tag
         pad_id=backbone.tokenizer.pad_token_id or 0,
         position_ids=positions,
         visible=visible,
-        length=longest,
     )
     return _Reading(backbone.slot_states(batch, table), reads)
 

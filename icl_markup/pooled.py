@@ -117,9 +117,7 @@ def _sides(
     if config.name == "plain" and is_known and len(final[0].cells) > 1:
         at = max(((name, label) for name, of in accuracy.items() for label in of), key=lambda x: accuracy[x[0]][x[1]])
         chosen = {"wording": at[1], **({"calibration": at[0]} if len(calibrations) > 1 else {})}
-        final.append(
-            _Side(final[0].method, "best on validation", {at[1]: calibrations[at[0]][at[1]]}, chosen)
-        )  # fmt: skip
+        final.append(_Side(final[0].method, "best on validation", {at[1]: calibrations[at[0]][at[1]]}, chosen))
         every.append(final[-1])
     return every, final
 

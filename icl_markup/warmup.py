@@ -309,15 +309,12 @@ class _Warmup:
         return accuracy, loss
 
     def _calibration(self) -> dict[str, Any]:
-        """Return whether the best tags answer the validation tasks better with contextual calibration."""
+        """Take the best tags, and return whether they answer validation tasks better with contextual calibration."""
         if not self.validation_tasks:
             return {}
-        now = self.table.rows.detach().clone()
         with torch.no_grad():
             self.table.rows.copy_(self.best)
         accuracy, _ = self._validated("contextual")
-        with torch.no_grad():
-            self.table.rows.copy_(now)
         mean = sum(accuracy) / len(accuracy)
         better = mean > self.progress.best_accuracy
         return {

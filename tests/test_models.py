@@ -65,13 +65,21 @@ def named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: int = 3) -> tu
     return model, [raw[n * size : (n + 1) * size] for n in range(parts)]
 
 
+def installed(
+    site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: int = 3
+) -> tuple[NamedModel, list[bytes]]:
+    """The same, with every piece installed."""
+    model, pieces = named(tmp_path, monkeypatch, parts)
+    for package, piece in zip(model.packages, pieces, strict=True):
+        install(site, package, piece)
+    return model, pieces
+
+
 @pytest.mark.parametrize("parts", [1, 3])
 def test_pieces_make_a_backbone_and_no_package_is_imported(
     parts: int, site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, pieces = named(tmp_path, monkeypatch, parts)
-    for package, piece in zip(model.packages, pieces, strict=True):
-        install(site, package, piece)
+    model, _ = installed(site, tmp_path, monkeypatch, parts)
     backbone = Backbone.load(BackboneConfig("tiny", device="cpu"))
     assert (backbone.name, backbone.kind) == ("tiny", "causal")
     assert not [name for name in sys.modules if name.startswith("tiny_part")]
@@ -112,9 +120,7 @@ def test_a_damaged_piece_is_refused_and_leaves_nothing(
 def test_what_a_killed_process_joined_is_compared_before_it_is_used(
     site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, pieces = named(tmp_path, monkeypatch)
-    for package, piece in zip(model.packages, pieces, strict=True):
-        install(site, package, piece)
+    model, pieces = installed(site, tmp_path, monkeypatch)
     whole = models._file_of(model)
     assert whole.read_bytes() == b"".join(pieces)
     damaged = bytearray(whole.read_bytes())
@@ -129,9 +135,7 @@ def test_what_a_killed_process_joined_is_compared_before_it_is_used(
 def test_what_a_killed_process_joined_is_removed_once_the_folder_is_there(
     site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, pieces = named(tmp_path, monkeypatch)
-    for package, piece in zip(model.packages, pieces, strict=True):
-        install(site, package, piece)
+    model, _ = installed(site, tmp_path, monkeypatch)
     resolve("tiny")
     joined = models._file_of(model).parent  # as if the process had been killed before it removed this
     part = joined.with_name(f".{joined.name}.abc.part")
@@ -144,9 +148,7 @@ def test_what_a_killed_process_joined_is_removed_once_the_folder_is_there(
 def test_a_model_whose_folder_is_damaged_is_made_again(
     site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, pieces = named(tmp_path, monkeypatch)
-    for package, piece in zip(model.packages, pieces, strict=True):
-        install(site, package, piece)
+    model, _ = installed(site, tmp_path, monkeypatch)
     weights = Path(resolve("tiny")) / "model.safetensors"
     size = weights.stat().st_size
     weights.unlink()
